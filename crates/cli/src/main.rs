@@ -1,0 +1,2 @@
+//! The `lokr` binary.
+fn main() {}

@@ -1,0 +1,124 @@
+//! The crate's error: the path or key, the values, and, where one exists, the way out. Messages do not repeat their
+//! cause; the caller prints the chain of sources once.
+
+use std::path::PathBuf;
+
+use crate::image::DecodeError;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong between a dataset's configuration and a batch.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A key's value is out of range, or two keys contradict each other.
+    #[error("dataset config: {what}")]
+    Config {
+        /// The key or keys with their values, and the rule that they break.
+        what: String,
+        /// What to change.
+        way_out: String,
+    },
+    /// A file could not be read or written.
+    #[error(transparent)]
+    Storage(#[from] storage::Error),
+    /// `image_dir` does not exist or is no folder.
+    #[error("{key} = `{}` {what}", path.display())]
+    Folder {
+        /// The key with its place, as `subsets[0].image_dir`.
+        key: String,
+        /// Its value.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A folder holds no image.
+    #[error("{key} = `{}` holds no image (png, jpg, jpeg, webp, bmp)", path.display())]
+    NoImages {
+        /// The key with its place, as `subsets[0].image_dir`.
+        key: String,
+        /// Its value.
+        path: PathBuf,
+        /// Folders inside it that were not looked into, as they are not named `N_name`.
+        ignored_folders: usize,
+    },
+    /// Images were found, but none can be used.
+    #[error("none of the {found} images can be used; the first is {first}")]
+    AllBroken {
+        /// Number of image files found.
+        found: usize,
+        /// The path of the first of them, and why it cannot be used.
+        first: String,
+    },
+    /// An image cannot be used, and `on_broken_image` is `fail`; or it was asked for by itself.
+    #[error("image `{}` cannot be used", path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: DecodeError,
+    },
+    /// A caption cannot be used, and `on_broken_image` is `fail`.
+    #[error("caption `{}` cannot be used: {what}", path.display())]
+    Caption {
+        /// The caption file.
+        path: PathBuf,
+        /// Why.
+        what: String,
+    },
+    /// Every image of a bucket turned out to be broken while loading, so no replacement exists.
+    #[error("all {count} images of bucket {}x{} are broken, `{}` among them", bucket.0, bucket.1, path.display())]
+    BucketBroken {
+        /// Width and height of the bucket.
+        bucket: (u32, u32),
+        /// Number of images in it.
+        count: usize,
+        /// The image that was asked for.
+        path: PathBuf,
+    },
+    /// A sample number that the dataset does not have.
+    #[error("the dataset has {len} samples, there is no number {sample}")]
+    NoSuchSample {
+        /// The number asked for.
+        sample: u32,
+        /// Number of samples.
+        len: usize,
+    },
+    /// A latent that does not belong into the cache.
+    #[error("latent of sample {sample}: {what}")]
+    Latent {
+        /// The sample.
+        sample: u32,
+        /// What is wrong, with both values where there are two.
+        what: String,
+    },
+}
+
+impl Error {
+    /// A [`Error::Config`].
+    pub(crate) fn config(what: impl Into<String>, way_out: impl Into<String>) -> Self {
+        Error::Config { what: what.into(), way_out: way_out.into() }
+    }
+
+    /// The way out, where one is known: a sentence for the line after the error.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::Config { way_out, .. } => Some(way_out.clone()),
+            Error::Storage(e) => e.hint(),
+            Error::Folder { path, .. } if path.is_relative() => {
+                let from = std::env::current_dir().ok()?;
+                Some(format!("the path is relative to the current folder `{}`", from.display()))
+            }
+            Error::NoImages { ignored_folders: 0, .. } => None,
+            Error::NoImages { ignored_folders, .. } => Some(format!(
+                "{ignored_folders} folders inside were not looked into: give each its own [[subsets]], or name them N_name (N repeats)"
+            )),
+            Error::Image { .. } | Error::Caption { .. } => {
+                Some("repair or remove the file, or set on_broken_image = \"skip\" to leave such files out".into())
+            }
+            Error::Folder { .. } | Error::AllBroken { .. } | Error::BucketBroken { .. } => None,
+            Error::NoSuchSample { .. } | Error::Latent { .. } => None,
+        }
+    }
+}

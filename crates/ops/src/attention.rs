@@ -1,0 +1,273 @@
+//! Scaled dot-product attention with its own backward, in query chunks: no score matrix is stored, only each row's
+//! log-sum-exp (Dao et al. 2022, FlashAttention, equations of section 3.1).
+
+use crate::gemm::{Dst, Mat, Threads, gemm_into};
+use crate::math::{exp, simd};
+use crate::tape::{Value, custom};
+use crate::view::{F32, SharedMut, fast, tensor};
+use candle_core::{D, DType, Result, Tensor};
+use rayon::prelude::*;
+
+/// Query rows whose scores are in memory at a time, per thread.
+const QUERIES: usize = 64;
+
+/// Sizes of one call: batch, heads, tokens of queries and of keys, features per head.
+#[derive(Clone, Copy)]
+struct Sizes {
+    n: usize,
+    heads: usize,
+    tq: usize,
+    tk: usize,
+    d: usize,
+    causal: bool,
+}
+
+impl Sizes {
+    fn new(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Self> {
+        let (n, tq, inner) = q.dims3()?;
+        let (nk, tk, inner_k) = k.dims3()?;
+        if heads == 0 || inner % heads != 0 || nk != n || inner_k != inner || v.dims() != k.dims() || (causal && tq != tk) {
+            candle_core::bail!("attention: q {:?}, k {:?}, v {:?}, {heads} heads", q.dims(), k.dims(), v.dims());
+        }
+        Ok(Self { n, heads, tq, tk, d: inner / heads, causal })
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.d as f32).sqrt()
+    }
+
+    /// Head `h` of item `b` of a slice `(n, t, heads * d)`, from token `from` on.
+    fn head<'a>(&self, data: &'a [f32], b: usize, h: usize, t: usize, from: usize) -> Mat<'a> {
+        let inner = self.heads * self.d;
+        Mat { data: &data[(b * t + from) * inner + h * self.d..], rs: inner, cs: 1 }
+    }
+
+    fn place(&self, data: SharedMut, b: usize, h: usize, t: usize, from: usize) -> Dst {
+        let inner = self.heads * self.d;
+        Dst { data, offset: (b * t + from) * inner + h * self.d, rs: inner, cs: 1 }
+    }
+
+    /// Keys that query row `i` sees.
+    fn seen(&self, i: usize) -> usize {
+        if self.causal { i + 1 } else { self.tk }
+    }
+}
+
+/// `softmax(q k^T / sqrt(d)) v` per head; `q (n, tq, heads d)`, `k, v (n, tk, heads d)`, result like `q`. With
+/// `causal`, token i sees tokens 0..=i.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn attention(q: &Value, k: &Value, v: &Value, heads: usize, causal: bool) -> Result<Value> {
+    let s = Sizes::new(q.tensor(), k.tensor(), v.tensor(), heads, causal)?;
+    if !fast(q.tensor()) {
+        return composed_attention(q, k, v, s);
+    }
+    let (qt, kt, vt) = (q.tensor().contiguous()?, k.tensor().contiguous()?, v.tensor().contiguous()?);
+    let (out, lse) = forward(&F32::new(&qt)?, &F32::new(&kt)?, &F32::new(&vt)?, s);
+    let out = tensor(out, qt.dims())?;
+    let kept = out.clone();
+    Ok(custom("attention", &[q, k, v], out, move |dy| {
+        let dy = dy.contiguous()?;
+        let (dq, dk, dv) = {
+            let (qv, kv, vv) = (F32::new(&qt)?, F32::new(&kt)?, F32::new(&vt)?);
+            backward(&qv, &kv, &vv, &F32::new(&kept)?, &F32::new(&dy)?, &lse, s)
+        };
+        Ok(vec![Some(tensor(dq, qt.dims())?), Some(tensor(dk, kt.dims())?), Some(tensor(dv, vt.dims())?)])
+    }))
+}
+
+#[inline(always)]
+fn row_max(row: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = row.chunks_exact(16);
+    for (i, v) in chunks.remainder().iter().enumerate() {
+        lanes[i] = lanes[i].max(*v);
+    }
+    for v in chunks {
+        for i in 0..16 {
+            lanes[i] = if v[i] > lanes[i] { v[i] } else { lanes[i] };
+        }
+    }
+    lanes.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b))
+}
+
+/// Replaces `row` by exp(row - max) and gives the sum and the maximum.
+#[inline(always)]
+fn exp_row(row: &mut [f32]) -> (f32, f32) {
+    let max = row_max(row);
+    let mut lanes = [0f32; 16];
+    let mut chunks = row.chunks_exact_mut(16);
+    for v in &mut chunks {
+        for i in 0..16 {
+            v[i] = exp(v[i] - max);
+            lanes[i] += v[i];
+        }
+    }
+    for (i, v) in chunks.into_remainder().iter_mut().enumerate() {
+        *v = exp(*v - max);
+        lanes[i] += *v;
+    }
+    (lanes.iter().sum(), max)
+}
+
+/// The output, and log-sum-exp of the scaled scores per (batch, head, query).
+fn forward(q: &[f32], k: &[f32], v: &[f32], s: Sizes) -> (Vec<f32>, Vec<f32>) {
+    let mut out = vec![0f32; q.len()];
+    let mut lse = vec![0f32; s.n * s.heads * s.tq];
+    let (out_at, lse_at) = (SharedMut::new(&mut out), SharedMut::new(&mut lse));
+    let chunks = s.tq.div_ceil(QUERIES);
+    (0..s.n * s.heads * chunks).into_par_iter().for_each_init(
+        || vec![0f32; QUERIES * s.tk],
+        |scores, task| {
+            let (bh, chunk) = (task / chunks, task % chunks);
+            let (b, h) = (bh / s.heads, bh % s.heads);
+            let from = chunk * QUERIES;
+            let rows = QUERIES.min(s.tq - from);
+            let keys = s.seen(from + rows - 1);
+            let local = Dst { data: SharedMut::new(scores), offset: 0, rs: s.tk, cs: 1 };
+            let kt = s.head(k, b, h, s.tk, 0).t();
+            // SAFETY: `scores` belongs to this task.
+            unsafe { gemm_into(rows, keys, s.d, local, false, s.head(q, b, h, s.tq, from), kt, s.scale(), Threads::One) };
+            // SAFETY: each task writes the log-sum-exps of its own queries.
+            let lse = unsafe { lse_at.at(bh * s.tq + from, rows) };
+            simd(
+                #[inline(always)]
+                || {
+                    for (i, (row, lse)) in scores.chunks_exact_mut(s.tk).zip(lse.iter_mut()).enumerate() {
+                        let seen = s.seen(from + i).min(keys);
+                        let (sum, max) = exp_row(&mut row[..seen]);
+                        row[seen..keys].fill(0.0);
+                        *lse = max + sum.ln();
+                        let r = 1.0 / sum;
+                        for v in &mut row[..seen] {
+                            *v *= r;
+                        }
+                    }
+                },
+            );
+            let p = Mat::rows(scores, s.tk);
+            let dst = s.place(out_at, b, h, s.tq, from);
+            // SAFETY: each task writes the outputs of its own queries and head.
+            unsafe { gemm_into(rows, s.d, keys, dst, false, p, s.head(v, b, h, s.tk, 0), 1.0, Threads::One) };
+        },
+    );
+    (out, lse)
+}
+
+#[allow(clippy::too_many_arguments)]
+fn backward(q: &[f32], k: &[f32], v: &[f32], out: &[f32], dy: &[f32], lse: &[f32], s: Sizes) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let (mut dq, mut dk, mut dv) = (vec![0f32; q.len()], vec![0f32; k.len()], vec![0f32; v.len()]);
+    let (dq_at, dk_at, dv_at) = (SharedMut::new(&mut dq), SharedMut::new(&mut dk), SharedMut::new(&mut dv));
+    (0..s.n * s.heads).into_par_iter().for_each_init(
+        || (vec![0f32; QUERIES * s.tk], vec![0f32; QUERIES * s.tk]),
+        |(p, ds), bh| {
+            let (b, h) = (bh / s.heads, bh % s.heads);
+            for from in (0..s.tq).step_by(QUERIES) {
+                let rows = QUERIES.min(s.tq - from);
+                let keys = s.seen(from + rows - 1);
+                let (qm, dym) = (s.head(q, b, h, s.tq, from), s.head(dy, b, h, s.tq, from));
+                let (km, vm) = (s.head(k, b, h, s.tk, 0), s.head(v, b, h, s.tk, 0));
+                let own = |data: &mut Vec<f32>| Dst { data: SharedMut::new(data), offset: 0, rs: s.tk, cs: 1 };
+                // SAFETY: `p` and `ds` belong to this task.
+                unsafe {
+                    gemm_into(rows, keys, s.d, own(p), false, qm, km.t(), s.scale(), Threads::One);
+                    gemm_into(rows, keys, s.d, own(ds), false, dym, vm.t(), 1.0, Threads::One);
+                }
+                simd(
+                    #[inline(always)]
+                    || {
+                        for i in 0..rows {
+                            let seen = s.seen(from + i).min(keys);
+                            let at = i * s.tk;
+                            let (o, g) = (&out[(b * s.tq + from + i) * s.heads * s.d + h * s.d..][..s.d], &dym.data[i * dym.rs..][..s.d]);
+                            let delta: f32 = o.iter().zip(g).map(|(o, g)| o * g).sum();
+                            let l = lse[bh * s.tq + from + i];
+                            let (p, ds) = (&mut p[at..at + keys], &mut ds[at..at + keys]);
+                            for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
+                                *p = exp(*p - l);
+                                *ds = *p * (*ds - delta);
+                            }
+                            p[seen..].fill(0.0);
+                            ds[seen..].fill(0.0);
+                        }
+                    },
+                );
+                let (pm, dsm) = (Mat::rows(p, s.tk), Mat::rows(ds, s.tk));
+                let add = from > 0;
+                // SAFETY: this task alone writes head `h` of item `b` of all three gradients.
+                unsafe {
+                    gemm_into(rows, s.d, keys, s.place(dq_at, b, h, s.tq, from), false, dsm, km, s.scale(), Threads::One);
+                    // With a causal mask later chunks see more keys, whose places are still the zeros of the allocation.
+                    let add = add || s.causal;
+                    gemm_into(keys, s.d, rows, s.place(dk_at, b, h, s.tk, 0), add, dsm.t(), qm, s.scale(), Threads::One);
+                    gemm_into(keys, s.d, rows, s.place(dv_at, b, h, s.tk, 0), add, pm.t(), dym, 1.0, Threads::One);
+                }
+            }
+        },
+    );
+    (dq, dk, dv)
+}
+
+/// The plain form by candle's ops, which stores the probabilities. Scores and softmax are f32.
+fn composed_attention(q: &Value, k: &Value, v: &Value, s: Sizes) -> Result<Value> {
+    let dtype = q.tensor().dtype();
+    let split = move |t: &Tensor, tokens: usize| t.reshape((s.n, tokens, s.heads, s.d))?.transpose(1, 2)?.contiguous();
+    let join = move |t: &Tensor, tokens: usize| t.transpose(1, 2)?.contiguous()?.reshape((s.n, tokens, s.heads * s.d));
+    let (qh, kh, vh) = (split(q.tensor(), s.tq)?, split(k.tensor(), s.tk)?, split(v.tensor(), s.tk)?);
+    let scale = s.scale() as f64;
+    let mut scores = (qh.matmul(&kh.t()?)?.to_dtype(DType::F32)? * scale)?;
+    if s.causal {
+        let mask: Vec<f32> = (0..s.tq * s.tk).map(|i| if i % s.tk > i / s.tk { f32::NEG_INFINITY } else { 0.0 }).collect();
+        scores = scores.broadcast_add(&Tensor::from_vec(mask, (s.tq, s.tk), q.tensor().device())?)?;
+    }
+    let e = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+    let p = e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
+    let out = join(&p.to_dtype(dtype)?.matmul(&vh)?, s.tq)?;
+    Ok(custom("attention", &[q, k, v], out, move |dy| {
+        let dyh = split(&dy.contiguous()?, s.tq)?;
+        let dv = p.to_dtype(dtype)?.t()?.contiguous()?.matmul(&dyh)?;
+        let dp = dyh.matmul(&vh.t()?)?.to_dtype(DType::F32)?;
+        let delta = (&dp * &p)?.sum_keepdim(D::Minus1)?;
+        let ds = ((dp.broadcast_sub(&delta)? * &p)? * scale)?.to_dtype(dtype)?;
+        let dq = ds.matmul(&kh)?;
+        let dk = ds.t()?.contiguous()?.matmul(&qh)?;
+        Ok(vec![Some(join(&dq, s.tq)?), Some(join(&dk, s.tk)?), Some(join(&dv, s.tk)?)])
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tape::{Parameter, backward as run_backward};
+    use candle_core::Device;
+
+    #[test]
+    fn chunked_attention_equals_the_plain_form() -> Result<()> {
+        for (n, heads, tq, tk, d, causal) in [(2, 3, 150, 77, 8, false), (1, 2, 77, 77, 16, true), (2, 1, 130, 130, 8, true), (1, 1, 1, 5, 4, false)] {
+            let make = |t: usize, name: &str| -> Result<Parameter> {
+                Ok(Parameter::new(name, Tensor::randn(0f32, 1.5, (n, t, heads * d), &Device::Cpu)?))
+            };
+            let (q, k, v) = (make(tq, "q")?, make(tk, "k")?, make(tk, "v")?);
+            let dy = Tensor::randn(0f32, 1.0, (n, tq, heads * d), &Device::Cpu)?;
+            let run = |plain: bool| -> Result<Vec<Vec<f32>>> {
+                let (qv, kv, vv) = (q.value(), k.value(), v.value());
+                let s = Sizes::new(qv.tensor(), kv.tensor(), vv.tensor(), heads, causal)?;
+                let y = if plain { composed_attention(&qv, &kv, &vv, s)? } else { attention(&qv, &kv, &vv, heads, causal)? };
+                let mut all = vec![y.tensor().flatten_all()?.to_vec1::<f32>()?];
+                run_backward(vec![(y, dy.clone())])?;
+                for p in [&q, &k, &v] {
+                    let g = p.take_grad().ok_or_else(|| candle_core::Error::Msg("no gradient".into()))?;
+                    all.push(g.flatten_all()?.to_vec1::<f32>()?);
+                }
+                Ok(all)
+            };
+            for (a, b) in run(false)?.iter().zip(&run(true)?) {
+                // Sums of up to 150 products of order one in another order: a few 1e-6.
+                let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+                assert!(worst < 1e-5, "{worst} for {:?}", (n, heads, tq, tk, d, causal));
+            }
+        }
+        Ok(())
+    }
+}

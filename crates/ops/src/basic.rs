@@ -1,0 +1,190 @@
+//! Shapes, sums and gathers: ops whose backward is as plain as their forward.
+
+use crate::tape::{Value, custom};
+use crate::view::{F32, fast, tensor};
+use candle_core::{D, Result, Tensor};
+use rayon::prelude::*;
+
+/// Elements that one task of an elementwise loop takes: large enough to hide the hand-over, small enough to share.
+pub(crate) const CHUNK: usize = 1 << 15;
+
+/// `x + y`, equal shapes.
+///
+/// # Errors
+/// If shapes or types differ.
+pub fn add(x: &Value, y: &Value) -> Result<Value> {
+    let (a, b) = (x.tensor(), y.tensor());
+    let out = if fast(a) && fast(b) && a.dims() == b.dims() {
+        let (a, b) = (a.contiguous()?, b.contiguous()?);
+        let (av, bv) = (F32::new(&a)?, F32::new(&b)?);
+        let mut out = vec![0f32; av.len()];
+        out.par_chunks_mut(CHUNK).zip(av.par_chunks(CHUNK)).zip(bv.par_chunks(CHUNK)).for_each(|((o, a), b)| {
+            for ((o, a), b) in o.iter_mut().zip(a).zip(b) {
+                *o = a + b;
+            }
+        });
+        tensor(out, a.dims())?
+    } else {
+        (a + b)?
+    };
+    Ok(custom("add", &[x, y], out, |dy| Ok(vec![Some(dy.clone()), Some(dy.clone())])))
+}
+
+/// `x (n, c, h, w) + e (n, c)` on every pixel.
+///
+/// # Errors
+/// If shapes or types do not fit.
+pub fn add_bias_nc(x: &Value, e: &Value) -> Result<Value> {
+    let (n, c) = e.tensor().dims2()?;
+    let out = x.tensor().broadcast_add(&e.tensor().reshape((n, c, 1, 1))?)?;
+    let need_e = e.requires_grad();
+    Ok(custom("add_bias_nc", &[x, e], out, move |dy| {
+        let de = if need_e { Some(dy.flatten_from(2)?.sum(D::Minus1)?) } else { None };
+        Ok(vec![Some(dy.clone()), de])
+    }))
+}
+
+/// `s * x`.
+///
+/// # Errors
+/// If candle fails.
+pub fn mul_scalar(x: &Value, s: f64) -> Result<Value> {
+    let out = (x.tensor() * s)?;
+    Ok(custom("mul_scalar", &[x], out, move |dy| Ok(vec![Some((dy * s)?)])))
+}
+
+/// Matrix product `(.., m, k) (.., k, n)` with equal leading dimensions, both differentiable. For small factors; large
+/// frozen weights go through [`crate::linear`].
+///
+/// # Errors
+/// If shapes or types do not fit.
+pub fn matmul(x: &Value, y: &Value) -> Result<Value> {
+    let (a, b) = (x.tensor().contiguous()?, y.tensor().contiguous()?);
+    let out = a.matmul(&b)?;
+    let (need_a, need_b) = (x.requires_grad(), y.requires_grad());
+    Ok(custom("matmul", &[x, y], out, move |dy| {
+        let dy = dy.contiguous()?;
+        let da = if need_a { Some(dy.matmul(&b.transpose(D::Minus2, D::Minus1)?.contiguous()?)?) } else { None };
+        let db = if need_b { Some(a.transpose(D::Minus2, D::Minus1)?.contiguous()?.matmul(&dy)?) } else { None };
+        Ok(vec![da, db])
+    }))
+}
+
+/// The same elements in another shape.
+///
+/// # Errors
+/// If the number of elements differs.
+pub fn reshape(x: &Value, shape: &[usize]) -> Result<Value> {
+    let out = x.tensor().reshape(shape)?;
+    let from = x.tensor().shape().clone();
+    Ok(custom("reshape", &[x], out, move |dy| Ok(vec![Some(dy.reshape(from)?)])))
+}
+
+/// Swaps two dimensions; the result is contiguous.
+///
+/// # Errors
+/// If a dimension does not exist.
+pub fn transpose(x: &Value, i: usize, j: usize) -> Result<Value> {
+    let out = x.tensor().transpose(i, j)?.contiguous()?;
+    Ok(custom("transpose", &[x], out, move |dy| Ok(vec![Some(dy.transpose(i, j)?.contiguous()?)])))
+}
+
+/// `len` places of dimension `dim` from `start` on.
+///
+/// # Errors
+/// If the range lies outside.
+pub fn narrow(x: &Value, dim: usize, start: usize, len: usize) -> Result<Value> {
+    let out = x.tensor().narrow(dim, start, len)?.contiguous()?;
+    let total = x.tensor().dim(dim)?;
+    Ok(custom("narrow", &[x], out, move |dy| {
+        let dx = dy.pad_with_zeros(dim, start, total - start - len)?;
+        Ok(vec![Some(dx)])
+    }))
+}
+
+/// Joins along dimension `dim`.
+///
+/// # Errors
+/// If the other dimensions differ.
+pub fn cat(parts: &[&Value], dim: usize) -> Result<Value> {
+    let tensors: Vec<&Tensor> = parts.iter().map(|v| v.tensor()).collect();
+    let out = Tensor::cat(&tensors, dim)?;
+    let parts_needed = parts.iter().map(|v| Ok((v.tensor().dim(dim)?, v.requires_grad()))).collect::<Result<Vec<_>>>()?;
+    Ok(custom("cat", parts, out, move |dy| {
+        let mut start = 0;
+        let mut grads = Vec::with_capacity(parts_needed.len());
+        for (len, need) in parts_needed {
+            grads.push(if need { Some(dy.narrow(dim, start, len)?.contiguous()?) } else { None });
+            start += len;
+        }
+        Ok(grads)
+    }))
+}
+
+/// Row `rows[i]` of item `i`: `(n, t, d) -> (n, d)`.
+///
+/// # Errors
+/// If a row lies outside, or there are not `n` of them.
+pub fn gather_rows(x: &Value, rows: &[usize]) -> Result<Value> {
+    let (n, t, d) = x.tensor().dims3()?;
+    if rows.len() != n || rows.iter().any(|&r| r >= t) {
+        candle_core::bail!("gather_rows: rows {rows:?} of a tensor of shape {:?}", x.dims());
+    }
+    let flat: Vec<u32> = rows.iter().enumerate().map(|(i, r)| (i * t + r) as u32).collect();
+    let index = Tensor::from_vec(flat, n, x.tensor().device())?;
+    let out = x.tensor().reshape((n * t, d))?.contiguous()?.index_select(&index, 0)?;
+    Ok(custom("gather_rows", &[x], out, move |dy| {
+        let dx = Tensor::zeros((n * t, d), dy.dtype(), dy.device())?.index_add(&index, &dy.contiguous()?, 0)?;
+        Ok(vec![Some(dx.reshape((n, t, d))?)])
+    }))
+}
+
+/// Nearest-neighbour enlargement of `(n, c, h, w)` to `(n, c, size.0, size.1)`; each output pixel takes the input pixel
+/// at floor(i * in / out), as torch's `interpolate(mode="nearest")`.
+///
+/// # Errors
+/// If the tensor has not four dimensions.
+pub fn upsample_nearest(x: &Value, size: (usize, usize)) -> Result<Value> {
+    let (n, c, h, w) = x.tensor().dims4()?;
+    let (oh, ow) = size;
+    let rows: Vec<u32> = (0..oh).map(|i| (i * h / oh) as u32).collect();
+    let cols: Vec<u32> = (0..ow).map(|i| (i * w / ow) as u32).collect();
+    let out = if fast(x.tensor()) {
+        let x = x.tensor().contiguous()?;
+        let xv = F32::new(&x)?;
+        let mut out = vec![0f32; n * c * oh * ow];
+        out.par_chunks_mut((oh * ow).max(1)).zip(xv.par_chunks((h * w).max(1))).for_each(|(o, x)| {
+            for (i, row) in o.chunks_exact_mut(ow).enumerate() {
+                let from = &x[rows[i] as usize * w..][..w];
+                for (o, &j) in row.iter_mut().zip(&cols) {
+                    *o = from[j as usize];
+                }
+            }
+        });
+        tensor(out, (n, c, oh, ow))?
+    } else {
+        x.tensor().upsample_nearest2d(oh, ow)?
+    };
+    let device = x.tensor().device().clone();
+    Ok(custom("upsample_nearest", &[x], out, move |dy| {
+        if fast(dy) {
+            let dy = dy.contiguous()?;
+            let dyv = F32::new(&dy)?;
+            let mut dx = vec![0f32; n * c * h * w];
+            dx.par_chunks_mut((h * w).max(1)).zip(dyv.par_chunks((oh * ow).max(1))).for_each(|(dx, dy)| {
+                for (i, row) in dy.chunks_exact(ow).enumerate() {
+                    let to = &mut dx[rows[i] as usize * w..][..w];
+                    for (g, &j) in row.iter().zip(&cols) {
+                        to[j as usize] += g;
+                    }
+                }
+            });
+            return Ok(vec![Some(tensor(dx, (n, c, h, w))?)]);
+        }
+        let rows = Tensor::from_slice(&rows, oh, &device)?;
+        let cols = Tensor::from_slice(&cols, ow, &device)?;
+        let tall = Tensor::zeros((n, c, h, ow), dy.dtype(), &device)?.index_add(&rows, &dy.contiguous()?, 2)?;
+        let dx = Tensor::zeros((n, c, h, w), dy.dtype(), &device)?.index_add(&cols, &tall, 3)?;
+        Ok(vec![Some(dx)])
+    }))
+}

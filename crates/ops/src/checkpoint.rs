@@ -1,0 +1,38 @@
+//! Activation checkpointing: a segment keeps its inputs only and runs again in the backward pass
+//! (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+
+use crate::tape::{Value, backward, no_grad, record, recording};
+use candle_core::Result;
+
+/// Runs `f` on `inputs` without recording its inside; the backward pass runs `f` again and differentiates it then.
+/// Parameters inside `f` get their gradients too. Gradients equal those without checkpointing bit for bit, because
+/// the same ops run in the same order.
+///
+/// # Errors
+/// What `f` returns, now or when it runs again.
+pub fn checkpoint(inputs: &[&Value], f: impl Fn(&[Value]) -> Result<Value> + Send + 'static) -> Result<Value> {
+    let detached: Vec<Value> = inputs.iter().map(|v| v.detach()).collect();
+    let output = no_grad(|| f(&detached))?.tensor().clone();
+    if !recording() {
+        return Ok(Value::constant(output));
+    }
+    let needs: Vec<bool> = inputs.iter().map(|v| v.requires_grad()).collect();
+    Ok(record("checkpoint", inputs, output, move |grad| {
+        let mut slots = Vec::with_capacity(detached.len());
+        let mut leaves = Vec::with_capacity(detached.len());
+        for (value, need) in detached.into_iter().zip(needs) {
+            if need {
+                let (leaf, slot) = Value::leaf(value.tensor().clone());
+                leaves.push(leaf);
+                slots.push(Some(slot));
+            } else {
+                leaves.push(value);
+                slots.push(None);
+            }
+        }
+        let output = f(&leaves)?;
+        drop(leaves);
+        backward(vec![(output, grad.clone())])?;
+        Ok(slots.into_iter().map(|s| s.and_then(|s| s.lock().ok().and_then(|mut g| g.take()))).collect())
+    }))
+}

@@ -1,0 +1,41 @@
+//! Differentiable tensor operations on candle tensors, with a tape of our own.
+//!
+//! A [`Value`] is a candle tensor and, where something trainable stands behind it, its place on the tape. Frozen
+//! weights are plain tensors: no gradient of one can be asked for, so none is ever computed or allocated. A trainable
+//! tensor is a [`Parameter`]; [`backward`] adds into its gradient as soon as that is complete and drops what the
+//! forward pass kept as it goes. [`checkpoint`] keeps only a segment's inputs and runs it again in the backward pass.
+//! Every op has a fast form for f32 on the CPU and a form composed of candle's ops for every other type and device;
+//! the tests hold the first against the second.
+//!
+//! Letters in shapes, in all crates: `n` batch, `c` channels (`o` output channels), `h`, `w` height and width,
+//! `t` tokens, `d` features; for LoKr `a, b` the rows and columns of `w1`, `c, d` those of `w2`.
+//!
+//! Knows candle only; no other crate of the workspace.
+
+mod activation;
+mod attention;
+mod basic;
+mod checkpoint;
+mod conv;
+mod gemm;
+mod linear;
+mod math;
+mod norm;
+mod tape;
+mod view;
+
+pub use activation::{geglu, gelu, quick_gelu, silu};
+pub use attention::attention;
+pub use basic::{add, add_bias_nc, cat, gather_rows, matmul, mul_scalar, narrow, reshape, transpose, upsample_nearest};
+pub use candle_core::{Error, Result};
+pub use checkpoint::checkpoint;
+pub use conv::conv2d;
+pub use linear::{linear, widen};
+pub use norm::{group_norm, layer_norm};
+pub use tape::{Parameter, Value, backward, custom, no_grad, recording};
+
+/// Plain functions on tensors, for ops that are written by hand elsewhere (the adapter's).
+pub mod kernel {
+    pub use crate::conv::{conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
+    pub use crate::linear::{linear_forward, linear_input_grad};
+}

@@ -1,0 +1,336 @@
+//! Group norm (Wu and He 2018), with SiLU fused behind it if asked, and layer norm (Ba et al. 2016). Statistics are f32
+//! whatever the input's type. Weight and bias are values: constants, or trained (the adapter's norm modules).
+
+use crate::activation::{silu, silu_df};
+use crate::math::{sigmoid, simd};
+use crate::tape::{Value, custom};
+use crate::view::{F32, SharedMut, fast, tensor};
+use candle_core::{D, DType, Result, Tensor};
+use rayon::prelude::*;
+
+/// Sum and sum of squares by eight lanes each, so that it vectorises and does not depend on threads.
+#[inline(always)]
+fn moments(x: &[f32]) -> (f64, f64) {
+    let (mut s, mut q) = ([0f32; 16], [0f32; 16]);
+    let (mut sum, mut square) = (0f64, 0f64);
+    // Blocks keep the f32 partial sums short.
+    for block in x.chunks(4096) {
+        s.fill(0.0);
+        q.fill(0.0);
+        let lanes = block.chunks_exact(16);
+        let tail = lanes.remainder();
+        for v in lanes {
+            for i in 0..16 {
+                s[i] += v[i];
+                q[i] += v[i] * v[i];
+            }
+        }
+        for (i, v) in tail.iter().enumerate() {
+            s[i] += v;
+            q[i] += v * v;
+        }
+        sum += s.iter().map(|v| *v as f64).sum::<f64>();
+        square += q.iter().map(|v| *v as f64).sum::<f64>();
+    }
+    (sum, square)
+}
+
+#[inline(always)]
+fn mean_rstd(x: &[f32], eps: f64) -> (f32, f32) {
+    let n = x.len() as f64;
+    let (sum, square) = moments(x);
+    let mean = sum / n;
+    let var = (square / n - mean * mean).max(0.0);
+    (mean as f32, (1.0 / (var + eps).sqrt()) as f32)
+}
+
+/// Sums of `g` and of `g * xhat`.
+#[inline(always)]
+fn dot2(g: &[f32], x: &[f32], mean: f32, rstd: f32) -> (f32, f32) {
+    let (mut s, mut q) = ([0f32; 16], [0f32; 16]);
+    let (gc, xc) = (g.chunks_exact(16), x.chunks_exact(16));
+    for (i, (g, x)) in gc.remainder().iter().zip(xc.remainder()).enumerate() {
+        s[i] += g;
+        q[i] += g * (x - mean) * rstd;
+    }
+    for (g, x) in gc.zip(xc) {
+        for i in 0..16 {
+            s[i] += g[i];
+            q[i] += g[i] * (x[i] - mean) * rstd;
+        }
+    }
+    (s.iter().sum(), q.iter().sum())
+}
+
+/// Group norm of `(n, c, h, w)` (or any shape `(n, c, ..)`) over `groups` groups of channels, then SiLU if `with_silu`.
+///
+/// # Errors
+/// If `groups` does not divide the channels or shapes do not fit.
+pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f64, with_silu: bool) -> Result<Value> {
+    let dims = x.dims().to_vec();
+    if dims.len() < 2 || groups == 0 || dims[1] % groups != 0 || weight.dims() != [dims[1]] || bias.dims() != [dims[1]] {
+        candle_core::bail!("group norm: input {dims:?}, {groups} groups, weight {:?}, bias {:?}", weight.dims(), bias.dims());
+    }
+    if !fast(x.tensor()) {
+        return composed_group_norm(x, weight, bias, groups, eps, with_silu);
+    }
+    let (n, c) = (dims[0], dims[1]);
+    let plane: usize = dims[2..].iter().product();
+    let per = c / groups;
+    let x_t = x.tensor().contiguous()?;
+    let w_t = weight.tensor().to_dtype(DType::F32)?.contiguous()?;
+    let b_t = bias.tensor().to_dtype(DType::F32)?.contiguous()?;
+    let mut stats = vec![(0f32, 0f32); n * groups];
+    let out = {
+        let (xv, wv, bv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&b_t)?);
+        let mut out = vec![0f32; xv.len()];
+        let size = (per * plane).max(1);
+        out.par_chunks_mut(size).zip(xv.par_chunks(size)).zip(stats.par_iter_mut()).enumerate().for_each(|(i, ((o, x), st))| {
+            simd(
+                #[inline(always)]
+                || {
+                    let (mean, rstd) = mean_rstd(x, eps);
+                    *st = (mean, rstd);
+                    let first = i % groups * per;
+                    for (k, (o, x)) in o.chunks_exact_mut(plane).zip(x.chunks_exact(plane)).enumerate() {
+                        let scale = wv[first + k] * rstd;
+                        let shift = bv[first + k] - mean * scale;
+                        if with_silu {
+                            for (o, x) in o.iter_mut().zip(x) {
+                                let z = x * scale + shift;
+                                *o = z * sigmoid(z);
+                            }
+                        } else {
+                            for (o, x) in o.iter_mut().zip(x) {
+                                *o = x * scale + shift;
+                            }
+                        }
+                    }
+                },
+            )
+        });
+        tensor(out, dims.as_slice())?
+    };
+    let (need_x, need_w, need_b) = (x.requires_grad(), weight.requires_grad(), bias.requires_grad());
+    Ok(custom("group_norm", &[x, weight, bias], out, move |dy| {
+        let dy = dy.contiguous()?;
+        let (xv, wv, bv, dyv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&b_t)?, F32::new(&dy)?);
+        let mut dx = vec![0f32; if need_x { xv.len() } else { 0 }];
+        // Per (n, c): sum of dz and of dz * xhat.
+        let mut sums = vec![(0f32, 0f32); n * c];
+        let size = per * plane;
+        let dx_at = SharedMut::new(&mut dx);
+        sums.par_chunks_mut(per).enumerate().for_each(|(i, sums)| {
+            let (mean, rstd) = stats[i];
+            let first = i % groups * per;
+            let x = &xv[i * size..][..size];
+            let dy = &dyv[i * size..][..size];
+            simd(
+                #[inline(always)]
+                || {
+                    let mut dz = vec![0f32; if with_silu { size } else { 0 }];
+                    if with_silu {
+                        for k in 0..per {
+                            let scale = wv[first + k] * rstd;
+                            let shift = bv[first + k] - mean * scale;
+                            let range = k * plane..(k + 1) * plane;
+                            for ((d, x), dy) in dz[range.clone()].iter_mut().zip(&x[range.clone()]).zip(&dy[range]) {
+                                *d = dy * silu_df(x * scale + shift);
+                            }
+                        }
+                    }
+                    let dz: &[f32] = if with_silu { &dz } else { dy };
+                    let (mut s1, mut s2) = (0f32, 0f32);
+                    for (k, sum) in sums.iter_mut().enumerate() {
+                        let range = k * plane..(k + 1) * plane;
+                        *sum = dot2(&dz[range.clone()], &x[range], mean, rstd);
+                        s1 += wv[first + k] * sum.0;
+                        s2 += wv[first + k] * sum.1;
+                    }
+                    if need_x {
+                        let (m1, m2) = (s1 / size as f32, s2 / size as f32);
+                        // SAFETY: each task writes its own group of `dx`, which outlives the loop.
+                        let dx = unsafe { dx_at.at(i * size, size) };
+                        for k in 0..per {
+                            let w = wv[first + k];
+                            let range = k * plane..(k + 1) * plane;
+                            for ((dx, dz), x) in dx[range.clone()].iter_mut().zip(&dz[range.clone()]).zip(&x[range]) {
+                                *dx = rstd * (w * dz - m1 - (x - mean) * rstd * m2);
+                            }
+                        }
+                    }
+                },
+            )
+        });
+        let channel = |pick: fn(&(f32, f32)) -> f32| -> Result<Tensor> {
+            let mut total = vec![0f32; c];
+            for row in sums.chunks_exact(c) {
+                for (t, s) in total.iter_mut().zip(row) {
+                    *t += pick(s);
+                }
+            }
+            tensor(total, c)
+        };
+        Ok(vec![
+            if need_x { Some(tensor(dx, x_t.dims())?) } else { None },
+            if need_w { Some(channel(|s| s.1)?) } else { None },
+            if need_b { Some(channel(|s| s.0)?) } else { None },
+        ])
+    }))
+}
+
+/// Group norm by candle's ops, for every type and device.
+fn composed_group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f64, with_silu: bool) -> Result<Value> {
+    let dims = x.dims().to_vec();
+    let (n, c) = (dims[0], dims[1]);
+    let plane: usize = dims[2..].iter().product();
+    let dtype = x.tensor().dtype();
+    let grouped = x.tensor().to_dtype(DType::F32)?.reshape((n, groups, c / groups * plane))?;
+    let (xhat, rstd) = standardise(&grouped, eps)?;
+    let affine = affine_nc(weight, bias, c)?;
+    let z = (xhat.reshape((n, c, plane))?.broadcast_mul(&affine.0)?).broadcast_add(&affine.1)?;
+    let out = z.reshape(dims.as_slice())?.to_dtype(dtype)?;
+    let (need_w, need_b) = (weight.requires_grad(), bias.requires_grad());
+    let y = custom("group_norm", &[x, weight, bias], out, move |dy| {
+        let dz = dy.to_dtype(DType::F32)?.reshape((n, c, plane))?;
+        let xhat_c = xhat.reshape((n, c, plane))?;
+        let dw = if need_w { Some((&dz * &xhat_c)?.sum((0, 2))?) } else { None };
+        let db = if need_b { Some(dz.sum((0, 2))?) } else { None };
+        let dxhat = dz.broadcast_mul(&affine.0)?.reshape(xhat.shape())?;
+        let dx = standardise_grad(&dxhat, &xhat, &rstd)?.reshape(dims)?.to_dtype(dtype)?;
+        Ok(vec![Some(dx), dw, db])
+    });
+    if with_silu { silu(&y) } else { Ok(y) }
+}
+
+fn affine_nc(weight: &Value, bias: &Value, c: usize) -> Result<(Tensor, Tensor)> {
+    let f = |v: &Value| v.tensor().to_dtype(DType::F32)?.reshape((1, c, 1));
+    Ok((f(weight)?, f(bias)?))
+}
+
+/// (x - mean) / sqrt(var + eps) over the last dimension, and 1 / sqrt(var + eps).
+fn standardise(x: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let rstd = (centred.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+    Ok((centred.broadcast_mul(&rstd)?, rstd))
+}
+
+fn standardise_grad(dxhat: &Tensor, xhat: &Tensor, rstd: &Tensor) -> Result<Tensor> {
+    let m1 = dxhat.mean_keepdim(D::Minus1)?;
+    let m2 = (dxhat * xhat)?.mean_keepdim(D::Minus1)?;
+    dxhat.broadcast_sub(&m1)?.sub(&xhat.broadcast_mul(&m2)?)?.broadcast_mul(rstd)
+}
+
+/// Rows that one task takes; fixed, so that sums over tasks do not depend on the number of threads.
+const ROWS: usize = 32;
+
+/// Layer norm over the last dimension.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<Value> {
+    let d = x.tensor().dim(D::Minus1)?;
+    if weight.dims() != [d] || bias.dims() != [d] {
+        candle_core::bail!("layer norm: input {:?}, weight {:?}, bias {:?}", x.dims(), weight.dims(), bias.dims());
+    }
+    if !fast(x.tensor()) {
+        return composed_layer_norm(x, weight, bias, eps);
+    }
+    let x_t = x.tensor().contiguous()?;
+    let w_t = weight.tensor().to_dtype(DType::F32)?.contiguous()?;
+    let b_t = bias.tensor().to_dtype(DType::F32)?.contiguous()?;
+    let mut stats = vec![(0f32, 0f32); x_t.elem_count() / d.max(1)];
+    let out = {
+        let (xv, wv, bv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&b_t)?);
+        let mut out = vec![0f32; xv.len()];
+        out.par_chunks_mut(ROWS * d).zip(xv.par_chunks(ROWS * d)).zip(stats.par_chunks_mut(ROWS)).for_each(|((o, x), st)| {
+            simd(
+                #[inline(always)]
+                || {
+                    for ((o, x), st) in o.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(st) {
+                        let (mean, rstd) = mean_rstd(x, eps);
+                        *st = (mean, rstd);
+                        for i in 0..d {
+                            o[i] = (x[i] - mean) * rstd * wv[i] + bv[i];
+                        }
+                    }
+                },
+            )
+        });
+        tensor(out, x_t.dims())?
+    };
+    let (need_x, need_w, need_b) = (x.requires_grad(), weight.requires_grad(), bias.requires_grad());
+    Ok(custom("layer_norm", &[x, weight, bias], out, move |dy| {
+        let dy = dy.contiguous()?;
+        let (xv, wv, dyv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&dy)?);
+        let mut dx = vec![0f32; xv.len()];
+        let trained = need_w || need_b;
+        // Each task's share of (dw, db), added up in order afterwards.
+        let shares: Vec<(Vec<f32>, Vec<f32>)> = dx
+            .par_chunks_mut(ROWS * d)
+            .zip(xv.par_chunks(ROWS * d))
+            .zip(dyv.par_chunks(ROWS * d))
+            .zip(stats.par_chunks(ROWS))
+            .map(|(((dx, x), dy), st)| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        let mut share = if trained { (vec![0f32; d], vec![0f32; d]) } else { (vec![], vec![]) };
+                        let mut dxhat = vec![0f32; d];
+                        for (((dx, x), dy), &(mean, rstd)) in
+                            dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)).zip(st)
+                        {
+                            for i in 0..d {
+                                dxhat[i] = dy[i] * wv[i];
+                            }
+                            let (s1, s2) = dot2(&dxhat, x, mean, rstd);
+                            let (m1, m2) = (s1 / d as f32, s2 / d as f32);
+                            for i in 0..d {
+                                dx[i] = rstd * (dxhat[i] - m1 - (x[i] - mean) * rstd * m2);
+                            }
+                            if trained {
+                                for i in 0..d {
+                                    share.0[i] += dy[i] * (x[i] - mean) * rstd;
+                                    share.1[i] += dy[i];
+                                }
+                            }
+                        }
+                        share
+                    },
+                )
+            })
+            .collect();
+        let (mut dw, mut db) = (vec![0f32; d], vec![0f32; d]);
+        if trained {
+            for (w, b) in &shares {
+                dw.iter_mut().zip(w).for_each(|(t, s)| *t += s);
+                db.iter_mut().zip(b).for_each(|(t, s)| *t += s);
+            }
+        }
+        Ok(vec![
+            if need_x { Some(tensor(dx, x_t.dims())?) } else { None },
+            if need_w { Some(tensor(dw, d)?) } else { None },
+            if need_b { Some(tensor(db, d)?) } else { None },
+        ])
+    }))
+}
+
+/// Layer norm by candle's ops, for every type and device.
+fn composed_layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<Value> {
+    let dtype = x.tensor().dtype();
+    let d = x.tensor().dim(D::Minus1)?;
+    let rows = x.tensor().elem_count() / d.max(1);
+    let (xhat, rstd) = standardise(&x.tensor().to_dtype(DType::F32)?.reshape((rows, d))?, eps)?;
+    let w = weight.tensor().to_dtype(DType::F32)?;
+    let z = xhat.broadcast_mul(&w)?.broadcast_add(&bias.tensor().to_dtype(DType::F32)?)?;
+    let out = z.reshape(x.tensor().shape())?.to_dtype(dtype)?;
+    let shape = x.tensor().shape().clone();
+    let (need_w, need_b) = (weight.requires_grad(), bias.requires_grad());
+    Ok(custom("layer_norm", &[x, weight, bias], out, move |dy| {
+        let dz = dy.to_dtype(DType::F32)?.reshape((rows, d))?;
+        let dw = if need_w { Some((&dz * &xhat)?.sum(0)?) } else { None };
+        let db = if need_b { Some(dz.sum(0)?) } else { None };
+        let dx = standardise_grad(&dz.broadcast_mul(&w)?, &xhat, &rstd)?.reshape(shape)?.to_dtype(dtype)?;
+        Ok(vec![Some(dx), dw, db])
+    }))
+}

@@ -1,0 +1,78 @@
+//! Slices of CPU tensors, and which form of an op serves a tensor.
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, StorageRef, Tensor};
+use std::ops::Deref;
+
+/// Whether the fast CPU form serves this tensor.
+pub(crate) fn fast(t: &Tensor) -> bool {
+    t.dtype() == DType::F32 && t.device().is_cpu()
+}
+
+/// The f32 elements of a contiguous CPU tensor.
+pub(crate) struct F32<'a> {
+    storage: StorageRef<'a>,
+    start: usize,
+    len: usize,
+}
+
+impl<'a> F32<'a> {
+    /// # Errors
+    /// If the tensor is not contiguous.
+    pub(crate) fn new(t: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = t.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else { candle_core::bail!("not contiguous: {:?}", t.shape()) };
+        match &*storage {
+            Storage::Cpu(CpuStorage::F32(_)) => {}
+            _ => candle_core::bail!("not f32 on the CPU: {:?}", t.dtype()),
+        }
+        Ok(Self { storage, start, len: end - start })
+    }
+}
+
+impl Deref for F32<'_> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(v)) => &v[self.start..self.start + self.len],
+            _ => &[],
+        }
+    }
+}
+
+/// A CPU tensor that takes over `data`.
+pub(crate) fn tensor(data: Vec<f32>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
+    Tensor::from_vec(data, shape, &Device::Cpu)
+}
+
+/// A pointer that threads may share because each writes its own places.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMut(*mut f32, usize);
+
+// SAFETY: the pointer is only turned into references inside `SharedMut::at`, whose callers promise disjoint places.
+unsafe impl Send for SharedMut {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMut {}
+
+impl SharedMut {
+    pub(crate) fn new(slice: &mut [f32]) -> Self {
+        Self(slice.as_mut_ptr(), slice.len())
+    }
+
+    /// A pointer to element `offset`, from which at least `len` elements lie inside the slice.
+    pub(crate) fn ptr(self, offset: usize, len: usize) -> *mut f32 {
+        assert!(offset + len <= self.1, "{offset} + {len} > {}", self.1);
+        // SAFETY: inside the allocation by the assertion.
+        unsafe { self.0.add(offset) }
+    }
+
+    /// Elements `offset..offset + len`.
+    ///
+    /// # Safety
+    /// The slice lives on, and no other thread touches these elements while the result is used.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn at<'b>(self, offset: usize, len: usize) -> &'b mut [f32] {
+        let ptr = self.ptr(offset, len);
+        // SAFETY: inside the allocation by the assertion in `ptr`; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(ptr, len) }
+    }
+}

@@ -1,0 +1,207 @@
+//! UNet, text encoders and VAE of the tiny SDXL, from both layouts, against what diffusers, transformers and SGM gave.
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Tensor};
+use ops::Value;
+use sdxl::checkpoint::{Checkpoint, HeadDims};
+use sdxl::conditioning::{added_condition, timestep_embedding};
+use sdxl::{Error, Sdxl};
+use storage::safetensors::SafeTensors;
+
+fn golden(name: &str) -> PathBuf {
+    std::env::var_os("LOKR_GOLDEN")
+        .map_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden").into(), PathBuf::from)
+        .join(name)
+}
+
+/// The tiny model's numbers that its tensors do not show (tests/golden/tiny-sdxl.json).
+const TINY: HeadDims =
+    HeadDims { head_dim: 8, norm_num_groups: 8, te1_heads: 2, te2_heads: 4, vae_norm_num_groups: 16 };
+
+fn tiny() -> [(&'static str, Sdxl); 2] {
+    let single = Checkpoint::open(&golden("tiny-sdxl.safetensors")).unwrap().with_head_dims(TINY);
+    let folder = Checkpoint::open(&golden("tiny-sdxl-diffusers")).unwrap();
+    assert_eq!(folder.head_dims().unwrap(), TINY);
+    [("single file", Sdxl::load(&single, DType::F32).unwrap()), ("diffusers", Sdxl::load(&folder, DType::F32).unwrap())]
+}
+
+struct Forward(SafeTensors);
+
+impl Forward {
+    fn open() -> Self {
+        Self(SafeTensors::open(&golden("forward.safetensors")).unwrap())
+    }
+
+    fn get(&self, name: &str) -> Tensor {
+        let info = self.0.info(name).unwrap_or_else(|| panic!("no {name}"));
+        let dtype = DType::try_from(info.dtype).unwrap();
+        Tensor::from_raw_buffer(self.0.bytes(name).unwrap(), dtype, &info.shape, &candle_core::Device::Cpu).unwrap()
+    }
+
+    fn f32(&self, name: &str) -> Tensor {
+        self.get(name).to_dtype(DType::F32).unwrap()
+    }
+
+    fn ids(&self, name: &str) -> Vec<Vec<u32>> {
+        self.get(name).to_dtype(DType::U32).unwrap().to_vec2().unwrap()
+    }
+}
+
+fn worst(got: &Tensor, want: &Tensor) -> f32 {
+    assert_eq!(got.dims(), want.dims());
+    (got - want).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}
+
+/// The golden README's bound.
+fn close(what: &str, got: &Tensor, want: &Tensor, tolerance: f32) {
+    let d = worst(got, want);
+    assert!(d <= tolerance, "{what}: {d}");
+}
+
+#[test]
+fn text_encoders() {
+    let f = Forward::open();
+    for (layout, model) in tiny() {
+        let (ids1, ids2) = (f.ids("ids1"), f.ids("ids2"));
+        let h1 = model.te1.penultimate(&ids1, false).unwrap();
+        close(&format!("{layout} te1.penultimate"), h1.tensor(), &f.f32("te1.penultimate"), 2e-5);
+        close(&format!("{layout} te1.last"), model.te1.last(&h1, false).unwrap().tensor(), &f.f32("te1.last"), 2e-5);
+        let h2 = model.te2.penultimate(&ids2, false).unwrap();
+        close(&format!("{layout} te2.penultimate"), h2.tensor(), &f.f32("te2.penultimate"), 2e-5);
+        let last = model.te2.last(&h2, false).unwrap();
+        close(&format!("{layout} te2.last"), last.tensor(), &f.f32("te2.last"), 2e-5);
+        close(&format!("{layout} te2.pooled"), model.te2.pooled(&last, &ids2).unwrap().tensor(), &f.f32("te2.pooled"), 2e-5);
+        let text = model.encode_text(&ids1, &ids2, 1, None, true).unwrap();
+        let context = Tensor::cat(&[f.f32("te1.penultimate"), f.f32("te2.penultimate")], 2).unwrap();
+        close(&format!("{layout} context"), text.context.tensor(), &context, 2e-5);
+    }
+}
+
+#[test]
+fn sd_scripts_projection_is_untransposed() {
+    let f = Forward::open();
+    let mut single = Checkpoint::open(&golden("tiny-sdxl.safetensors")).unwrap().with_head_dims(TINY);
+    single.untransposed_text_projection(true);
+    let model = Sdxl::load(&single, DType::F32).unwrap();
+    let ids = f.ids("ids2");
+    let last = model.te2.last(&model.te2.penultimate(&ids, false).unwrap(), false).unwrap();
+    close("pooled", model.te2.pooled(&last, &ids).unwrap().tensor(), &f.f32("te2.pooled_untransposed"), 2e-5);
+}
+
+#[test]
+fn long_prompts_join_their_chunks() {
+    let (_, model) = &tiny()[0];
+    let f = Forward::open();
+    // Two prompts of three rows each, made of the recorded rows.
+    let (ids1, ids2) = (f.ids("ids1"), f.ids("ids2"));
+    let rows = |ids: &[Vec<u32>]| [0, 1, 2, 2, 0, 1].map(|i: usize| ids[i].clone()).to_vec();
+    let text = model.encode_text(&rows(&ids1), &rows(&ids2), 3, None, false).unwrap();
+    assert_eq!(text.context.dims(), [2, 227, 48]);
+    let h1 = f.f32("te1.penultimate");
+    let at = |n: usize, t: usize| text.context.tensor().get(n).unwrap().get(t).unwrap().narrow(0, 0, 16).unwrap();
+    let row = |r: usize, t: usize| h1.get(r).unwrap().get(t).unwrap();
+    for (prompt, position, source, token) in [(0, 0, 0, 0), (0, 75, 0, 75), (0, 76, 1, 1), (0, 226, 2, 76), (1, 1, 2, 1), (1, 151, 1, 1)] {
+        close(&format!("position {position}"), &at(prompt, position), &row(source, token), 2e-5);
+    }
+    let pooled = f.f32("te2.pooled");
+    close("pooled", &text.pooled.tensor().get(1).unwrap(), &pooled.get(2).unwrap(), 2e-5);
+}
+
+#[test]
+fn embeddings_and_unet() {
+    let f = Forward::open();
+    // cos and sin of arguments up to 1000 radians in f32 differ by the rounding of the argument: 6e-5.
+    close("temb", &timestep_embedding(&f.get("temb.t"), 256).unwrap(), &f.f32("temb.out_256"), 1e-4);
+    for (layout, model) in tiny() {
+        for i in 0..2 {
+            let get = |name: &str| f.f32(&format!("unet.{i}.{name}"));
+            let vector = added_condition(&Value::constant(get("pooled")), &f.get(&format!("unet.{i}.time_ids"))).unwrap();
+            close("adm", vector.tensor(), &get("adm"), 1e-4);
+            let (latents, context) = (Value::constant(get("latents")), Value::constant(get("context")));
+            let mut tapped = 0;
+            let out = model
+                .unet
+                .forward_with(&latents, &get("timesteps"), &context, &vector, false, &mut |name, value| {
+                    if f.0.info(&format!("unet.{i}.{name}")).is_some() {
+                        close(&format!("{layout} {i} {name}"), value.tensor(), &get(name), 1e-4);
+                        tapped += 1;
+                    }
+                })
+                .unwrap();
+            assert_eq!(tapped, 12);
+            close(&format!("{layout} {i} out"), out.tensor(), &get("out"), 1e-4);
+            let again = model.unet.forward(&latents, &get("timesteps"), &context, &vector, true).unwrap();
+            assert_eq!(worst(again.tensor(), out.tensor()), 0.0, "checkpointing changed the forward pass");
+        }
+    }
+}
+
+#[test]
+fn vae() {
+    let f = Forward::open();
+    let pixels = ((f.f32("vae.pixels_u8") / 127.5).unwrap() - 1.0).unwrap();
+    for (layout, model) in tiny() {
+        let (mean, logvar) = model.vae.encode(&pixels).unwrap();
+        close(&format!("{layout} mean"), &mean, &f.f32("vae.mean"), 1e-4);
+        close(&format!("{layout} logvar"), &logvar, &f.f32("vae.logvar"), 1e-4);
+        close(&format!("{layout} scaled"), &(&mean * sdxl::vae::LATENT_SCALE).unwrap(), &f.f32("vae.scaled_latent"), 1e-4);
+        close(&format!("{layout} decoded"), &model.vae.decode(&f.f32("vae.mean")).unwrap(), &f.f32("vae.decoded"), 1e-4);
+    }
+}
+
+#[test]
+fn heads_that_do_not_divide_are_named() {
+    let wrong = HeadDims { head_dim: 7, ..TINY };
+    let single = Checkpoint::open(&golden("tiny-sdxl.safetensors")).unwrap().with_head_dims(wrong);
+    let error = Sdxl::load(&single, DType::F32).err().unwrap().to_string();
+    assert!(error.contains("head_dim = 7") && error.contains("32"), "{error}");
+}
+
+/// The tiny checkpoint with one tensor left out, one of another shape and one too many: all three are named at once.
+#[test]
+fn missing_misshapen_and_extra_tensors_are_all_listed() {
+    let base = SafeTensors::open(&golden("tiny-sdxl.safetensors")).unwrap();
+    let unet = "model.diffusion_model.";
+    let mut tensors = Vec::new();
+    for name in base.names() {
+        let info = base.info(name).unwrap();
+        let mut shape = info.shape.clone();
+        if name == format!("{unet}middle_block.0.in_layers.2.bias") {
+            continue;
+        }
+        if name == format!("{unet}middle_block.1.proj_in.weight") {
+            shape = vec![shape[0] / 2, shape[1] * 2];
+        }
+        let bytes = base.bytes(name).unwrap();
+        tensors.push(storage::safetensors::TensorSource {
+            name: name.to_string(),
+            dtype: info.dtype,
+            shape,
+            data: Box::new(move || bytes.into()),
+        });
+    }
+    tensors.push(storage::safetensors::TensorSource {
+        name: format!("{unet}middle_block.3.weight"),
+        dtype: storage::safetensors::Dtype::F16,
+        shape: vec![2],
+        data: Box::new(|| vec![0u8; 4].into()),
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("broken.safetensors");
+    storage::safetensors::write(&path, tensors, &Default::default()).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap().with_head_dims(TINY);
+    let error = Sdxl::load(&checkpoint, DType::F32).err().unwrap();
+    assert!(
+        matches!(&error, Error::Mismatch { missing, misshapen, extra, .. } if (missing.len(), misshapen.len(), extra.len()) == (1, 1, 1))
+    );
+    let text = error.to_string();
+    for part in [
+        "broken.safetensors",
+        "middle_block.0.in_layers.2.bias [64]",
+        "middle_block.1.proj_in.weight: [32, 128], expected [64, 64]",
+        "middle_block.3.weight [2]",
+    ] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+}

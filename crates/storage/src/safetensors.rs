@@ -1,0 +1,113 @@
+//! Safetensors files: 8 bytes of header length (little endian), a JSON header, then the tensors' bytes without gaps
+//! (<https://github.com/huggingface/safetensors>). Reading is a memory map whose header is checked as hostile input;
+//! writing streams one tensor at a time into a file that is whole or absent.
+//!
+//! The header is parsed here and not by the `safetensors` crate because its errors name neither tensor nor path, and a
+//! repeated key passes there.
+
+mod header;
+mod write;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use ::safetensors::Dtype;
+use memmap2::Mmap;
+pub use write::{TensorSource, write};
+
+use crate::{Error, Result};
+
+/// Element type and shape of one tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Extent of each dimension, slowest first (C order).
+    pub shape: Vec<usize>,
+}
+
+/// An open safetensors file: the checked header and a memory map of the data. Cloning is cheap and shares the map.
+///
+/// A file that another program cuts short while it is mapped kills the reader (SIGBUS); files written by this crate are
+/// replaced by rename, which leaves a mapped one alone.
+#[derive(Debug, Clone)]
+pub struct SafeTensors {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    path: PathBuf,
+    map: Mmap,
+    data_start: usize,
+    tensors: BTreeMap<String, (TensorInfo, Range<usize>)>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl SafeTensors {
+    /// Opens and checks a file. Only the header is read; memory used is bounded by a small multiple of the header, and a
+    /// header over 100 MB is refused.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened or mapped, [`Error::Header`] if the header or the tensors' places do not fit
+    /// the file exactly, [`Error::NotSafetensors`] where the file is recognizably of another kind.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        let meta = file.metadata().map_err(Error::io("read", path))?;
+        if meta.is_dir() {
+            return Err(Error::io("read", path)(io::Error::from(ErrorKind::IsADirectory)));
+        }
+        if meta.len() == 0 {
+            return Err(Error::Header { path: path.to_path_buf(), what: "the file is empty".into() });
+        }
+        // SAFETY: the map is read-only and private to `Inner`; the type's doc states the one hazard of every map, that
+        // another program shortens the file.
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
+        let header = header::parse(path, &map)?;
+        let inner =
+            Inner { path: path.to_path_buf(), map, data_start: header.data_start, tensors: header.tensors, metadata: header.metadata };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The file's path as it was given to [`SafeTensors::open`].
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// The tensors' names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.inner.tensors.keys().map(String::as_str)
+    }
+
+    /// Element type and shape of a tensor; `None` if the file has none of that name.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.inner.tensors.get(name).map(|(info, _)| info)
+    }
+
+    /// A tensor's bytes, little endian, C order; `None` if the file has none of that name. The length fits
+    /// [`SafeTensors::info`]; the address need not be aligned to the element.
+    pub fn bytes(&self, name: &str) -> Option<&[u8]> {
+        self.inner.tensors.get(name).map(|(_, range)| &self.data_section()[range.clone()])
+    }
+
+    /// The header's `__metadata__`; empty if it has none.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.inner.metadata
+    }
+
+    /// All bytes after the header, as kohya's model hashes take them.
+    pub fn data_section(&self) -> &[u8] {
+        &self.inner.map[self.inner.data_start..]
+    }
+}
+
+/// Bytes that a tensor takes; `None` where the product overflows or sub-byte elements do not fill whole bytes.
+fn byte_len(dtype: Dtype, shape: &[usize]) -> Option<usize> {
+    let elements = shape.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent))?;
+    let bits = elements.checked_mul(dtype.bitsize())?;
+    bits.is_multiple_of(8).then_some(bits / 8)
+}
