@@ -1,2 +1,137 @@
-//! The `lokr` binary.
-fn main() {}
+//! The `lokr` binary: arguments in, messages and exit status out. What it does is in the crate `trainer`.
+//!
+//! Exit status: 0 done, 1 an error, 2 wrong arguments, 3 stopped by a signal with the state saved, 130 stopped at once.
+
+mod args;
+mod show;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+use trainer::config::{RunConfig, template};
+use trainer::event::Event;
+use trainer::interrupt::Interrupt;
+use trainer::tools;
+use trainer::train::{Options, Outcome, train};
+use trainer::{Error, Result};
+
+use args::{Cli, Command, Export, Format, Precision};
+
+/// Status of a run that a signal stopped, its state saved.
+const INTERRUPTED: u8 = 3;
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().with_target(false).init();
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            show::error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Train(args) => return run_training(args),
+        Command::Sample(args) => sample(args)?,
+        Command::Export(Export::Merged(args)) => merged(args)?,
+        Command::Export(Export::Lokr(args)) => {
+            let path = tools::export_lokr(&args.run, &args.out, args.precision.into())?;
+            println!("wrote {} from {}", args.out.display(), path.display());
+        }
+        Command::Inspect(args) => print!("{}", tools::inspect(&args.file, args.metadata)?),
+        Command::Recipe => print!("{}", template()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_training(args: args::Train) -> Result<ExitCode> {
+    let mut set = args.set;
+    if let Some(resume) = args.resume {
+        let resume = if resume == "latest" { "auto".to_string() } else { resume };
+        // A TOML string in single quotes takes backslashes as they are.
+        set.push(format!("output.resume='{resume}'"));
+    }
+    let config = RunConfig::load(&args.config, &set)?;
+    let interrupt = Interrupt::listen()
+        .map_err(|e| Error::refused(format!("signals cannot be listened to: {e}"), "this is not expected on this system: please report it"))?;
+    let mut watcher = show::Watcher::default();
+    let options = Options { allow_recipe_change: args.allow_recipe_change, interrupt };
+    let outcome = train(&config, &options, &mut |event| watcher.event(event))?;
+    watcher.done();
+    Ok(match outcome {
+        Outcome::Finished => ExitCode::SUCCESS,
+        Outcome::Interrupted => ExitCode::from(INTERRUPTED),
+    })
+}
+
+fn sample(args: args::Sample) -> Result<()> {
+    let lokr = args.lokr.as_deref().map(file_and_strength).transpose()?;
+    let request = tools::SampleRequest {
+        base: args.base.base,
+        vae: args.base.vae,
+        lokr,
+        prompts: args.prompt,
+        negative_prompt: args.negative_prompt,
+        size: (args.width, args.height),
+        steps: args.steps,
+        guidance_scale: args.guidance_scale,
+        seed: args.seed,
+        count: args.count,
+        sampler: args.sampler,
+        scheduler: args.scheduler,
+        v_parameterization: args.v_parameterization,
+        out: args.out,
+    };
+    let mut watcher = show::Watcher::default();
+    tools::sample(&request, &mut |event| watcher.event(event))
+}
+
+fn merged(args: args::Merged) -> Result<()> {
+    let (lokr, multiplier) = file_and_strength(&args.lokr)?;
+    let merge = tools::MergeRequest {
+        base: args.base.base,
+        vae: args.base.vae,
+        lokr,
+        multiplier,
+        out: args.out.clone(),
+        diffusers: matches!(args.format, Format::Diffusers),
+        precision: args.precision.map(Into::into),
+        lycoris_scale: args.lycoris_scale,
+    };
+    let mut watcher = show::Watcher::default();
+    let merged = tools::export_merged(&merge)?;
+    for key in merged.unmatched.iter().take(10) {
+        watcher.event(Event::Warning(format!("the adapter's {key} fits no layer of the base model")));
+    }
+    println!("wrote {}: {} tensors merged", args.out.display(), merged.tensors);
+    Ok(())
+}
+
+/// `file.safetensors:0.8` as path and strength. A file whose whole name exists is never cut.
+fn file_and_strength(text: &str) -> Result<(PathBuf, f64)> {
+    if Path::new(text).exists() {
+        return Ok((text.into(), 1.0));
+    }
+    let Some((file, strength)) = text.rsplit_once(':') else { return Ok((text.into(), 1.0)) };
+    match strength.parse::<f64>() {
+        Ok(strength) if strength.is_finite() => Ok((file.into(), strength)),
+        _ => Err(Error::refused(
+            format!("--lokr {text}: there is no such file, and `{strength}` is no strength"),
+            "write the file alone, or a number behind the colon: file.safetensors:0.8",
+        )),
+    }
+}
+
+impl From<Precision> for trainer::config::SavePrecision {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::Float => Self::Float,
+            Precision::Fp16 => Self::Fp16,
+            Precision::Bf16 => Self::Bf16,
+        }
+    }
+}

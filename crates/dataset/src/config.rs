@@ -126,7 +126,7 @@ pub enum Interpolation {
     Area,
     /// Between the two nearest pixels of each axis, not widened when shrinking (as OpenCV).
     Linear,
-    /// Catmull-Rom cubic, not widened when shrinking (OpenCV's kernel is slightly sharper).
+    /// Cubic, not widened when shrinking (as OpenCV, but overshoots of the first axis are cut).
     Cubic,
     /// The nearest pixel.
     Nearest,

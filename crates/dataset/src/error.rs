@@ -1,7 +1,7 @@
 //! The crate's error: the path or key, the values, and, where one exists, the way out. Messages do not repeat their
 //! cause; the caller prints the chain of sources once.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::image::DecodeError;
 
@@ -85,6 +85,67 @@ pub enum Error {
         /// Number of samples.
         len: usize,
     },
+    /// The database behind an index, or one that an index is built from, refused.
+    #[error("cannot {doing} `{}`", path.display())]
+    Sqlite {
+        /// A verb phrase that fits between "cannot" and the path.
+        doing: &'static str,
+        /// The database file.
+        path: PathBuf,
+        /// What SQLite said.
+        source: Box<rusqlite::Error>,
+    },
+    /// A file that cannot serve as an index.
+    #[error("`{}` cannot be used as an index: {what}", path.display())]
+    Index {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        what: String,
+        /// What to do.
+        way_out: &'static str,
+    },
+    /// Something that an index is to be built from cannot be understood.
+    #[error("source `{}`: {what}", path.display())]
+    Source {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong, with the line where there is one.
+        what: String,
+        /// What to do.
+        way_out: &'static str,
+    },
+    /// A file of rules (for captions or for a selection) cannot be understood.
+    #[error("{kind} `{name}`: {what}")]
+    Rules {
+        /// "caption rules" or "selection".
+        kind: &'static str,
+        /// The name or path as given.
+        name: String,
+        /// What is wrong, with the line where there is one.
+        what: String,
+        /// What to do.
+        way_out: String,
+    },
+    /// A selection that leaves nothing.
+    #[error("the selection leaves none of the {images} images of the index `{}`", path.display())]
+    NothingSelected {
+        /// The index.
+        path: PathBuf,
+        /// Images in it.
+        images: usize,
+    },
+    /// An image that the index does not have.
+    #[error("the index `{}` has no image {id}", path.display())]
+    NoSuchImage {
+        /// The index.
+        path: PathBuf,
+        /// The id asked for.
+        id: u32,
+    },
+    /// The caller's progress function asked to stop; what was done until then is kept.
+    #[error("stopped on request")]
+    Stopped,
     /// A latent that does not belong into the cache.
     #[error("latent of sample {sample}: {what}")]
     Latent {
@@ -99,6 +160,12 @@ impl Error {
     /// A [`Error::Config`].
     pub(crate) fn config(what: impl Into<String>, way_out: impl Into<String>) -> Self {
         Error::Config { what: what.into(), way_out: way_out.into() }
+    }
+
+    /// Wraps what SQLite said.
+    pub(crate) fn sqlite(doing: &'static str, path: &Path) -> impl FnOnce(rusqlite::Error) -> Error {
+        let path = path.to_path_buf();
+        move |source| Error::Sqlite { doing, path, source: Box::new(source) }
     }
 
     /// The way out, where one is known: a sentence for the line after the error.
@@ -117,8 +184,27 @@ impl Error {
             Error::Image { .. } | Error::Caption { .. } => {
                 Some("repair or remove the file, or set on_broken_image = \"skip\" to leave such files out".into())
             }
+            Error::Index { way_out, .. } | Error::Source { way_out, .. } => Some((*way_out).into()),
+            Error::Rules { way_out, .. } => Some(way_out.clone()),
+            Error::Sqlite { source, .. } => sqlite_hint(source),
+            Error::NothingSelected { .. } => {
+                Some("loosen the selection; `lokr dataset index` tells how many images have a rating, a score and a file".into())
+            }
+            Error::NoSuchImage { .. } => Some("ids are those of the posts, or the numbers that the index gave".into()),
+            Error::Stopped => Some("run it again: it goes on where it was".into()),
             Error::Folder { .. } | Error::AllBroken { .. } | Error::BucketBroken { .. } => None,
             Error::NoSuchSample { .. } | Error::Latent { .. } => None,
         }
     }
+}
+
+fn sqlite_hint(error: &rusqlite::Error) -> Option<String> {
+    use rusqlite::ErrorCode::{DatabaseBusy, DatabaseCorrupt, DatabaseLocked, DiskFull, NotADatabase};
+    Some(match error.sqlite_error_code()? {
+        DatabaseBusy | DatabaseLocked => "another process is writing to it: wait until it is done".into(),
+        DiskFull => "the disk is full: free some space and run it again, it goes on where it was".into(),
+        DatabaseCorrupt => "the file is damaged: delete it and build it again".into(),
+        NotADatabase => "the file is no SQLite database: check its name".into(),
+        _ => return None,
+    })
 }

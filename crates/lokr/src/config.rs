@@ -1,4 +1,4 @@
-//! The adapter's options, under the names that users of LyCORIS know (network_args, facts of lycoris/kohya.py
+//! The adapter's options, under the names that users of LyCORIS know (network_args, lycoris/kohya.py
 //! `create_network`), with every default in one place.
 
 use crate::error::{Error, Result};

@@ -208,19 +208,28 @@ impl Error {
                 Some(near) => format!("did you mean `{near}`? For a file, give its path (it ends in .toml)"),
                 None => format!("built in are {}; for a file, give its path (it ends in .toml)", crate::Preset::BUILT_IN.join(", ")),
             }),
+            // LyCORIS's reader leaves escapes in quoted keys as they are, so files with a single backslash in them exist.
+            Self::PresetSyntax { source, .. } if source.message().contains("escape") => {
+                Some("write patterns in single quotes, where a backslash is a backslash: 'out\\.2$'".into())
+            }
             Self::UnknownKey { nearest: Some(near), .. } => Some(format!("did you mean `{near}`?")),
             Self::Pattern { .. } => Some(
                 "patterns are regular expressions matched from the start of the module path (look-around and back-references are not \
                  available); with use_fnmatch = true they are shell globs on the whole path"
                     .into(),
             ),
-            Self::NothingAdapted { targets, .. } if !targets.is_empty() => Some(format!("none of these led to a layer: {}", targets.join(", "))),
+            Self::NothingAdapted { targets, .. } if !targets.is_empty() => {
+                Some(format!("none of these led to a layer: {}", targets.join(", ")))
+            }
             Self::NothingAdapted { .. } => Some("the preset names no target; see the built-in preset `full`".into()),
             Self::Duplicate { .. } => Some(
-                "remove one of the targets; a pattern that also matches the path of the surrounding block replaces the block's own walk".into(),
+                "remove one of the targets; a pattern that also matches the path of the surrounding block replaces the block's own walk"
+                    .into(),
             ),
             Self::NotLokr { looks_like: Some(what), .. } => Some(format!("this looks like {what}")),
-            Self::NoLayer { .. } => Some("the file may belong to another architecture (SD1, Flux) or use names this reader does not know".into()),
+            Self::NoLayer { .. } => {
+                Some("the file may belong to another architecture (SD1, Flux) or use names this reader does not know".into())
+            }
             Self::NotFinite { dtype, .. } if *dtype == "f16" => Some("save as bf16 or f32, or find out where the values come from".into()),
             Self::Storage(source) => source.hint(),
             _ => None,

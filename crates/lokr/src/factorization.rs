@@ -25,7 +25,7 @@ pub fn factorization(dim: usize, factor: i64) -> (usize, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::golden;
+    use crate::tests::golden;
 
     #[test]
     fn equals_lycoris_on_every_recorded_pair() {
@@ -52,7 +52,7 @@ mod tests {
         let (mut m, mut n, length) = (1, dim, dim + 1);
         while m < n {
             let mut next = m + 1;
-            while dim % next != 0 {
+            while !dim.is_multiple_of(next) {
                 next += 1;
             }
             let other = dim / next;

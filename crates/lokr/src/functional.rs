@@ -21,11 +21,15 @@ pub enum Path {
     Factored,
 }
 
-/// Multiply-adds that building one element of the merged weight takes the time of. Measured on two AVX-512 cores at
-/// 1280x1280 and 1024 rows: 0.37 ms for 1.6 M elements, against 4.1 ms for the chain's 0.21 G multiply-adds.
-const MERGE_COST: u128 = 12;
-/// The same for an element of the chain's intermediate results, which are written, mixed and added.
-const MIX_COST: u128 = 16;
+/// Multiply-adds in whose time one element of the merged weight is built. Measured on two AVX-512 cores: 0.45 ms for 1280x1280,
+/// against 2.3 ms for 0.21 G multiply-adds of the chain; 25 ms for 10240x1280, a buffer that the allocator maps afresh.
+const MERGE_COST: u128 = 24;
+/// The same for a buffer of more than [`MAPPED`] bytes.
+const MERGE_COST_MAPPED: u128 = 150;
+/// From here glibc never keeps a freed buffer (the upper bound of its mmap threshold).
+const MAPPED: u128 = 32 << 20;
+/// Multiply-adds in whose time an element of the chain's results is written, mixed and added.
+const MIX_COST: u128 = 32;
 
 impl Path {
     /// The cheaper path for `rows` rows, a layer of a*c outputs and b*d*area inputs, `area` the kernel's.
@@ -41,7 +45,8 @@ impl Path {
             return Self::Merged;
         }
         let [rows, a, b, c, d, area] = [rows, a, b, c, d, area].map(|n| n as u128);
-        let merged = a * b * c * d * area * MERGE_COST;
+        let elements = a * b * c * d * area;
+        let merged = elements * if elements * 4 > MAPPED { MERGE_COST_MAPPED } else { MERGE_COST };
         let factored = rows * (a.min(b) * c * d * area + (a * c + b * d) * MIX_COST);
         if merged < factored { Self::Merged } else { Self::Factored }
     }
@@ -161,7 +166,7 @@ impl Op {
             return layer.forward(x, &self.merged(x.dtype())?, bias);
         }
         let base = layer.forward(x, &self.weight, bias)?;
-        let n = layer.sample_count(x);
+        let n = layer.samples(x);
         let (w1, w2) = self.factors(x.dtype())?;
         let chain = if b <= a {
             let u = layer.forward(&layer.split(x, b)?, &w2, None)?;
@@ -185,7 +190,7 @@ impl Op {
 
     fn backward(self, x: &Tensor, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let (layer, [a, b], [need_x, need_w1, need_w2]) = (self.layer, self.sides, self.need);
-        let n = layer.sample_count(x);
+        let n = layer.samples(x);
         let (w1, w2) = self.factors(x.dtype())?;
         let dy = dy.contiguous()?;
         let dy_groups = layer.grouped(&dy, n, a)?;

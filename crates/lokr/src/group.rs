@@ -1,5 +1,7 @@
 //! The three networks of SDXL that an adapter may train, and how a layer of each is called in a file.
 
+use sdxl::checkpoint::Part;
+
 /// A network of SDXL: what belongs together in learning rates, tables and names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ParameterGroup {
@@ -15,12 +17,22 @@ impl ParameterGroup {
     /// All of them, in the order of files and of LyCORIS.
     pub const ALL: [Self; 3] = [Self::TextEncoder1, Self::TextEncoder2, Self::Unet];
 
+    /// The adaptable network that a part of a checkpoint is; `None` for the VAE.
+    pub fn of(part: Part) -> Option<Self> {
+        match part {
+            Part::TextEncoder1 => Some(Self::TextEncoder1),
+            Part::TextEncoder2 => Some(Self::TextEncoder2),
+            Part::Unet => Some(Self::Unet),
+            Part::Vae => None,
+        }
+    }
+
     /// Whether it is one of the two text encoders.
     pub fn is_text_encoder(self) -> bool {
         self != Self::Unet
     }
 
-    /// Prefix of its modules in a file (facts: LyCORIS with a list of two text encoders).
+    /// Prefix of its modules in a file (lycoris/kohya.py, with a list of two text encoders).
     pub fn prefix(self) -> &'static str {
         match self {
             Self::TextEncoder1 => "lora_te1",

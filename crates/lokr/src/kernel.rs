@@ -65,7 +65,7 @@ impl Layer {
     }
 
     /// Samples, each of which holds its groups one after the other.
-    fn samples(self, x: &Tensor) -> usize {
+    pub(crate) fn samples(self, x: &Tensor) -> usize {
         match (self, x.dims()) {
             (Self::Conv2d { .. }, [n, ..]) => *n,
             (_, [rest @ .., _]) => rest.iter().product(),
@@ -76,11 +76,6 @@ impl Layer {
     /// Seen as (samples, g, rest).
     pub(crate) fn grouped(self, x: &Tensor, samples: usize, groups: usize) -> Result<Tensor> {
         x.contiguous()?.reshape((samples, groups, x.elem_count() / (samples * groups).max(1)))
-    }
-
-    /// Samples of a layer's input or output.
-    pub(crate) fn sample_count(self, x: &Tensor) -> usize {
-        self.samples(x)
     }
 }
 
@@ -126,13 +121,16 @@ pub fn merge(weight: &Tensor, w1: &Tensor, w2: &Tensor, scale: f64) -> Result<Te
     }
     let w1 = (w1.to_dtype(DType::F32)? * scale)?;
     let (weight, w2) = (weight.contiguous()?, w2.to_dtype(DType::F32)?.contiguous()?);
-    if weight.device().is_cpu() {
-        if let Some(merged) = merge_cpu(&weight, &w1.contiguous()?, &w2)? {
-            return Ok(merged);
-        }
+    if weight.device().is_cpu()
+        && let Some(merged) = merge_cpu(&weight, &w1.contiguous()?, &w2)?
+    {
+        return Ok(merged);
     }
     weight.to_dtype(DType::F32)? + kron(&w1, &w2)?.reshape(weight.shape())?
 }
+
+/// Writes as many elements as the slice takes, from the index on, as f32.
+type Widen<'a> = dyn Fn(usize, &mut [f32]) + Sync + 'a;
 
 /// `None` where the weight's type has no fast form.
 fn merge_cpu(weight: &Tensor, w1: &Tensor, w2: &Tensor) -> Result<Option<Tensor>> {
@@ -142,7 +140,7 @@ fn merge_cpu(weight: &Tensor, w1: &Tensor, w2: &Tensor) -> Result<Option<Tensor>
     let row = b * inner;
     let (s0, l0) = weight.storage_and_layout();
     let (Storage::Cpu(base), Some((start, end))) = (&*s0, l0.contiguous_offsets()) else { return Ok(None) };
-    let widen: Box<dyn Fn(usize, &mut [f32]) + Sync> = match base {
+    let widen: Box<Widen> = match base {
         CpuStorage::F32(v) => Box::new(move |at, out| out.copy_from_slice(&v[at..at + out.len()])),
         CpuStorage::F16(v) => Box::new(move |at, out| v[at..at + out.len()].convert_to_f32_slice(out)),
         CpuStorage::BF16(v) => Box::new(move |at, out| v[at..at + out.len()].convert_to_f32_slice(out)),

@@ -164,6 +164,12 @@ impl LokrModule {
 
     fn run(&self, layer: Layer, x: &Value, weight: &Tensor, bias: Option<&Tensor>) -> Result<Value> {
         let scale = self.shape.scale * self.multiplier.get();
+        if scale == 0.0 {
+            return match layer {
+                Layer::Linear => ops::linear(x, weight, bias),
+                Layer::Conv2d { stride, padding } => ops::conv2d(x, weight, bias, stride, padding),
+            };
+        }
         functional::adapted(layer, x, weight, bias, &self.w1()?, &self.w2()?, scale, self.path)
     }
 
@@ -208,8 +214,9 @@ impl NormModule {
     /// # Errors
     /// If a tensor cannot be made on `device`.
     pub fn init(name: String, channels: usize, device: &Device) -> Result<Self> {
-        let zeros = Tensor::zeros(channels, DType::F32, device)?;
-        Ok(Self::from_values(name, zeros.clone(), zeros))
+        // Two allocations: an optimizer may write in place.
+        let (weight, bias) = (Tensor::zeros(channels, DType::F32, device)?, Tensor::zeros(channels, DType::F32, device)?);
+        Ok(Self::from_values(name, weight, bias))
     }
 
     /// A module with the given values, f32, one for each channel.

@@ -63,7 +63,6 @@ pub struct LokrNetwork {
     by_path: HashMap<(ParameterGroup, String), usize>,
     multiplier: Multiplier,
     unmatched: Vec<String>,
-    pub(crate) rs_lora: bool,
 }
 
 impl LokrNetwork {
@@ -95,12 +94,12 @@ impl LokrNetwork {
             };
             entries.push(Entry { group: planned.group, path: node.path.clone(), leaf: node.leaf.clone(), module });
         }
-        Ok(Self::from_entries(entries, multiplier, plan.unmatched, config.rs_lora))
+        Ok(Self::from_entries(entries, multiplier, plan.unmatched))
     }
 
-    pub(crate) fn from_entries(entries: Vec<Entry>, multiplier: Multiplier, unmatched: Vec<String>, rs_lora: bool) -> Self {
+    pub(crate) fn from_entries(entries: Vec<Entry>, multiplier: Multiplier, unmatched: Vec<String>) -> Self {
         let by_path = entries.iter().enumerate().map(|(i, e)| ((e.group, e.path.clone()), i)).collect();
-        let network = Self { entries, by_path, multiplier, unmatched, rs_lora };
+        let network = Self { entries, by_path, multiplier, unmatched };
         network.attach();
         network
     }

@@ -1,6 +1,7 @@
 //! Presets: which layers are adapted, and with what options. The file format is LyCORIS's (docs/Preset.md there,
 //! lycoris/kohya.py `apply_preset`), read strictly: a key that LyCORIS would silently ignore is an error with its line
-//! and the nearest known name. Which layers a preset reaches is decided in `walk.rs`.
+//! and the nearest known name. And read as TOML: LyCORIS's reader (the package `toml` 0.10) leaves the escapes in quoted
+//! table names as they are, so that `[name_algo_map."out\\.2$"]` never matches there; here it does. Which layers a preset reaches is decided in `walk.rs`.
 
 use crate::error::{Error, Result};
 use crate::pattern::Pattern;
@@ -102,7 +103,8 @@ impl Preset {
     /// [`Error::PresetSyntax`], [`Error::UnknownKey`], [`Error::PresetValue`], [`Error::Pattern`], and
     /// [`Error::Unsupported`] for options that lokr does not have.
     pub fn parse(origin: &str, text: &str) -> Result<Self> {
-        let reader = Reader::new(origin, text)?;
+        let kept = preset_toml::keep_header_escapes(text);
+        let reader = Reader::new(origin, &kept)?;
         let table = reader.table(preset_toml::PRESET_KEYS)?;
         let glob = table.bool("use_fnmatch")?.unwrap_or(false);
         let names = |key: &'static str| -> Result<Option<Vec<Pattern>>> {
@@ -217,6 +219,19 @@ mod tests {
     fn syntax_errors_name_the_file() {
         let error = fails("enable_conv = ");
         assert_eq!(error.to_string(), "p.toml: not valid TOML");
+        assert_eq!(error.hint(), None);
+        let error = fails("unet_target_name = [\"out\\.2$\"]");
+        assert!(error.hint().is_some_and(|h| h.contains("single quotes")), "{error:?}");
+    }
+
+    /// As the Python package `toml` reads it for LyCORIS: no escape is resolved in a quoted name of a header.
+    #[test]
+    fn quoted_names_in_headers_are_taken_as_written() {
+        let preset = Preset::parse("p", "[name_algo_map.\"out\\\\.2$\"] # a note\nfactor = 2").expect("reads");
+        assert_eq!(preset.by_name[0].0.text(), "out\\\\.2$");
+        assert!(!preset.by_name[0].0.matches("out.2"));
+        let preset = Preset::parse("p", "[name_algo_map.'out\\.2$']\nfactor = 2").expect("reads");
+        assert!(preset.by_name[0].0.matches("out.2"));
     }
 
     #[test]

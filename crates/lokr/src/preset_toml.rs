@@ -39,6 +39,30 @@ const OVERRIDE_KEYS: &[&str] = &[
     "dropout",
 ];
 
+/// Doubles the backslashes of double-quoted names in table headers, so that they are read as they are written. LyCORIS reads
+/// presets with the Python package `toml`, which resolves no escapes there: `[name_algo_map."out\\.2$"]` is the pattern
+/// `out\\.2$` with two backslashes to it, which matches nothing. A preset must choose the same layers here as there.
+pub(crate) fn keep_header_escapes(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for line in text.split_inclusive('\n') {
+        if !line.trim_start().starts_with('[') {
+            out.push_str(line);
+            continue;
+        }
+        let mut quote = None;
+        for c in line.chars() {
+            match (quote, c) {
+                (None, '#') | (None, '"' | '\'') => quote = Some(c),
+                (Some(q), c) if q == c && q != '#' => quote = None,
+                (Some('"'), '\\') => out.push('\\'),
+                _ => {}
+            }
+            out.push(c);
+        }
+    }
+    out
+}
+
 /// A parsed text.
 pub(crate) struct Reader<'a> {
     origin: &'a str,

@@ -251,7 +251,7 @@ impl LokrShape {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::golden;
+    use crate::tests::golden;
 
     #[test]
     fn every_recorded_case_has_our_shapes_scale_and_alpha() {

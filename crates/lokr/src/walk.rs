@@ -164,10 +164,10 @@ impl<'a> Walk<'a> {
                 continue;
             }
             scopes.retain(|scope| i < scope.end);
-            if i != start {
-                if let table @ Some(_) = self.class_table(node.class) {
-                    scopes.push(Scope { end: subtree_end(nodes, i), table });
-                }
+            if i != start
+                && let table @ Some(_) = self.class_table(node.class)
+            {
+                scopes.push(Scope { end: subtree_end(nodes, i), table });
             }
             let table = scopes.last().and_then(|scope| scope.table);
             self.single(group, i, node, table);

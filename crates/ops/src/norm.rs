@@ -8,40 +8,33 @@ use crate::view::{F32, SharedMut, fast, tensor};
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
-/// Sum and sum of squares by eight lanes each, so that it vectorises and does not depend on threads.
+/// Sum of `f(v)` in 16 lanes, so that it vectorises and does not depend on threads; blocks keep the f32 sums short.
 #[inline(always)]
-fn moments(x: &[f32]) -> (f64, f64) {
-    let (mut s, mut q) = ([0f32; 16], [0f32; 16]);
-    let (mut sum, mut square) = (0f64, 0f64);
-    // Blocks keep the f32 partial sums short.
-    for block in x.chunks(4096) {
-        s.fill(0.0);
-        q.fill(0.0);
-        let lanes = block.chunks_exact(16);
-        let tail = lanes.remainder();
-        for v in lanes {
+fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
+    let mut total = 0f64;
+    for block in x.chunks(1024) {
+        let mut lanes = [0f32; 16];
+        let chunks = block.chunks_exact(16);
+        for (lane, v) in lanes.iter_mut().zip(chunks.remainder()) {
+            *lane += f(*v);
+        }
+        for v in chunks {
             for i in 0..16 {
-                s[i] += v[i];
-                q[i] += v[i] * v[i];
+                lanes[i] += f(v[i]);
             }
         }
-        for (i, v) in tail.iter().enumerate() {
-            s[i] += v;
-            q[i] += v * v;
-        }
-        sum += s.iter().map(|v| *v as f64).sum::<f64>();
-        square += q.iter().map(|v| *v as f64).sum::<f64>();
+        total += lanes.iter().map(|v| *v as f64).sum::<f64>();
     }
-    (sum, square)
+    total
 }
 
+/// Mean and 1 / sqrt(variance + eps), in two passes: the difference of two large sums would lose digits.
 #[inline(always)]
 fn mean_rstd(x: &[f32], eps: f64) -> (f32, f32) {
     let n = x.len() as f64;
-    let (sum, square) = moments(x);
-    let mean = sum / n;
-    let var = (square / n - mean * mean).max(0.0);
-    (mean as f32, (1.0 / (var + eps).sqrt()) as f32)
+    let mean = (sum_of(x, |v| v) / n) as f32;
+    let var = sum_of(x, |v| (v - mean) * (v - mean)) / n;
+    (mean, (1.0 / (var + eps).sqrt()) as f32)
 }
 
 /// Sums of `g` and of `g * xhat`.

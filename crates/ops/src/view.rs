@@ -8,17 +8,19 @@ pub(crate) fn fast(t: &Tensor) -> bool {
     t.dtype() == DType::F32 && t.device().is_cpu()
 }
 
-/// The f32 elements of a contiguous CPU tensor.
-pub(crate) struct F32<'a> {
+/// The f32 elements of a contiguous CPU tensor, borrowed.
+pub struct F32<'a> {
     storage: StorageRef<'a>,
     start: usize,
     len: usize,
 }
 
 impl<'a> F32<'a> {
+    /// Borrows the elements.
+    ///
     /// # Errors
-    /// If the tensor is not contiguous.
-    pub(crate) fn new(t: &'a Tensor) -> Result<Self> {
+    /// If the tensor is not f32, not on the CPU, or not contiguous.
+    pub fn new(t: &'a Tensor) -> Result<Self> {
         let (storage, layout) = t.storage_and_layout();
         let Some((start, end)) = layout.contiguous_offsets() else { candle_core::bail!("not contiguous: {:?}", t.shape()) };
         match &*storage {

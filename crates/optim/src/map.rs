@@ -5,7 +5,7 @@
 //! codes 0..=126 are the negatives of 254..=128 (there is no -1.0). Source: "8-bit Optimizers via Block-wise Quantization",
 //! Dettmers et al. 2022, section 2.2; bitsandbytes `bitsandbytes/functional.py`, `create_dynamic_map`.
 //!
-//! The search exists twice: [`reference`] walks the map as bitsandbytes' CUDA kernel does; [`DynamicMap::code`] looks the
+//! The search exists twice: [`reference()`] walks the map as bitsandbytes' CUDA kernel does; [`DynamicMap::code`] looks the
 //! answer up. They agree for every f32 in -1..=1, which the tests prove.
 
 use std::sync::LazyLock;
@@ -14,23 +14,22 @@ use std::sync::LazyLock;
 pub const ZERO: u8 = 127;
 /// Positive values below 1.0; rank 0 is the value 0, rank `RANKS` is 1.0.
 const RANKS: usize = 128;
-/// Mantissa bits that are cut off to find a value's bucket. The six that stay make a bucket of the topmost octave 1/128
-/// wide, which is less than the 9/640 between neighbouring codes there, so a bucket holds at most one threshold.
+/// Mantissa bits that are cut off to find a value's bucket. Its sign, exponent and six mantissa bits stay: that makes a
+/// bucket of the topmost octave 1/128 wide, less than the 9/640 between neighbouring codes there, so a bucket holds at
+/// most one threshold.
 const SHIFT: u32 = 17;
 /// The bits cut off: a value's place in its bucket. As a threshold it is never passed.
 const PLACE: u32 = (1 << SHIFT) - 1;
-/// Bits of 2^-22, below the lowest threshold 2.75e-7: everything smaller has rank 0.
-const LOWEST: u32 = (127 - 22) << 23;
-/// Buckets from 2^-22 to 1.0, with one for 1.0 itself.
-const BUCKETS: usize = ((0x3F80_0000 - LOWEST) >> SHIFT) as usize + 1;
+/// One bucket for each value of the bits that stay.
+const BUCKETS: usize = 1 << (32 - SHIFT);
 
 /// The map and its lookup table.
 pub struct DynamicMap {
     /// The value of each code, ascending.
     pub values: [f32; 256],
-    /// For each bucket of positive values, then of negative ones: the code at its start in the low byte, and above it the
-    /// last place in the bucket with that code; beyond it comes the next code.
-    buckets: [[u32; BUCKETS]; 2],
+    /// For each bucket: in the low byte the lower one of its two codes (the code before its only one, if negative), and
+    /// above it the last place that still belongs with the bucket's start. Values in use touch 12 kB of it.
+    buckets: Box<[u32; BUCKETS]>,
 }
 
 static MAP: LazyLock<DynamicMap> = LazyLock::new(DynamicMap::new);
@@ -52,32 +51,30 @@ impl DynamicMap {
                 if rank % 2 == 1 { middle.to_bits() - 1 } else { middle.to_bits() }
             })
             .collect();
-        let mut buckets = [[0; BUCKETS]; 2];
-        for i in 0..BUCKETS {
-            let start = LOWEST + ((i as u32) << SHIFT);
+        let mut buckets = Box::new([0; BUCKETS]);
+        let (positive, negative) = buckets.split_at_mut(BUCKETS / 2);
+        for (i, (positive, negative)) in positive.iter_mut().zip(negative).enumerate() {
+            let start = (i as u32) << SHIFT;
             let rank = last_below.partition_point(|&last| last < start);
             let last = last_below.get(rank).map_or(PLACE, |last| (last - start).min(PLACE));
-            buckets[0][i] = last << 8 | u32::from(ZERO) + rank as u32;
+            *positive = (last << 8) | (u32::from(ZERO) + rank as u32);
             // Zero has no negative and -1.0 no code: both take the neighbour.
-            let (rank, last) = match rank {
-                0 => (1, PLACE),
-                RANKS.. => (RANKS - 1, PLACE),
-                _ if rank == RANKS - 1 => (rank, PLACE),
-                _ => (rank, last),
-            };
-            buckets[1][i] = last << 8 | u32::from(ZERO) - rank as u32;
+            let last = if rank == 0 || rank >= RANKS - 1 { PLACE } else { last };
+            let code = ZERO - rank.clamp(1, RANKS - 1) as u8;
+            *negative = (last << 8) | u32::from(code.wrapping_sub(1));
         }
         Self { values, buckets }
     }
 
-    /// The code of `x` in -1..=1: the nearest value's, by the rules of [`reference`]. A NaN gets some code.
+    /// The code of `x` in -1..=1: the nearest value's, by the rules of [`reference()`]. A NaN gets some code.
     #[inline(always)]
     pub fn code(&self, x: f32) -> u8 {
-        let magnitude = (x.to_bits() & 0x7FFF_FFFF).max(LOWEST) - LOWEST;
-        let index = ((magnitude >> SHIFT) as usize).min(BUCKETS - 1);
-        let bucket = self.buckets[usize::from(x.is_sign_negative())][index];
-        let beyond = u8::from(magnitude & PLACE > bucket >> 8);
-        if x.is_sign_negative() { (bucket as u8).wrapping_sub(beyond) } else { (bucket as u8).wrapping_add(beyond) }
+        let bits = x.to_bits();
+        let bucket = self.buckets[(bits >> SHIFT) as usize];
+        let beyond = u32::from(bits & PLACE > bucket >> 8);
+        // Beyond the threshold comes the upper code of a positive bucket and the lower one of a negative: no branch, for
+        // one on the sign is mispredicted half of the time.
+        (bucket + (beyond ^ (bits >> 31))) as u8
     }
 }
 

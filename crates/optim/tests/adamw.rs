@@ -1,5 +1,8 @@
 //! AdamW against torch and against the paper's algorithm in f64.
 
+// The numbers stand as torch prints them.
+#![allow(clippy::excessive_precision)]
+
 use optim::adamw::{self, AdamW};
 use proptest::prelude::*;
 

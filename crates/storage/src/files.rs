@@ -7,6 +7,103 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
+/// Length of a file in bytes.
+///
+/// # Errors
+/// [`Error::Io`] if it does not exist or cannot be looked at.
+pub fn file_len(path: &Path) -> Result<u64> {
+    Ok(fs::metadata(path).map_err(|source| Error::Io { doing: "look at", path: path.into(), source })?.len())
+}
+
+/// What tells a changed file from an unchanged one without reading it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    /// Length in bytes.
+    pub len: u64,
+    /// Time of the last change, in nanoseconds since 1970 (UTC); 0 where the system does not tell.
+    pub modified: i64,
+}
+
+/// Length and time of the last change of a file.
+///
+/// # Errors
+/// [`Error::Io`] if it does not exist or cannot be looked at.
+pub fn stamp(path: &Path) -> Result<Stamp> {
+    let data = fs::metadata(path).map_err(Error::io("look at", path))?;
+    let since = data.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+    Ok(Stamp { len: data.len(), modified: since.map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(0)) })
+}
+
+/// A file kept open for reading parts of it.
+#[derive(Debug)]
+pub struct RangeReader {
+    file: fs::File,
+    path: PathBuf,
+    len: u64,
+}
+
+impl RangeReader {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened.
+    pub fn open(path: &Path) -> Result<Self> {
+        let open = || fs::File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
+        let (len, file) = open().map_err(Error::io("open", path))?;
+        Ok(Self { file, path: path.into(), len })
+    }
+
+    /// Length of the file in bytes when it was opened.
+    pub fn file_len(&self) -> u64 {
+        self.len
+    }
+
+    /// Exactly `len` bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read or ends before `offset + len`; nothing is allocated for what lies behind the end.
+    pub fn read(&mut self, offset: u64, len: usize) -> Result<Vec<u8>> {
+        let bytes = self.read_up_to(offset, len)?;
+        if bytes.len() < len {
+            let what = format!("it ends at byte {}, before {offset} + {len}", offset.saturating_add(bytes.len() as u64).min(self.len));
+            return Err(Error::io("read", &self.path)(io::Error::new(ErrorKind::UnexpectedEof, what)));
+        }
+        Ok(bytes)
+    }
+
+    /// Up to `len` bytes from `offset` on: fewer, or none, where the file ends before.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read.
+    pub fn read_up_to(&mut self, offset: u64, len: usize) -> Result<Vec<u8>> {
+        let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
+        let mut bytes = Vec::with_capacity(there);
+        let mut read = || -> io::Result<()> {
+            self.file.seek(SeekFrom::Start(offset))?;
+            (&mut self.file).take(there as u64).read_to_end(&mut bytes)?;
+            Ok(())
+        };
+        read().map_err(Error::io("read", &self.path))?;
+        Ok(bytes)
+    }
+}
+
+/// Reads `len` bytes of a file from `offset` on.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be opened or read, or ends before `offset + len`.
+pub fn read_range(path: &Path, offset: u64, len: usize) -> Result<Vec<u8>> {
+    RangeReader::open(path)?.read(offset, len)
+}
+
+/// Reads the first `len` bytes of a file, or all of it where it is shorter.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be opened or read.
+pub fn read_prefix(path: &Path, len: usize) -> Result<Vec<u8>> {
+    RangeReader::open(path)?.read_up_to(0, len)
+}
+
 /// Reads a whole file.
 ///
 /// # Errors

@@ -18,7 +18,8 @@ pub mod safetensors;
 mod whole;
 
 pub use error::{Error, Result};
-pub use files::{append_line, create_dir_all, list_dir, read, read_to_string, remove_dir_all, remove_file};
+pub use files::{RangeReader, Stamp, append_line, create_dir_all, file_len, list_dir, read, read_prefix, read_range, read_to_string};
+pub use files::{remove_dir_all, remove_file, stamp};
 pub use hash::{blake3_file, sha256_file};
 pub use lock::Lock;
 pub use whole::{copy_whole, is_scratch, rename, write_whole, write_whole_with};

@@ -313,3 +313,36 @@ fn scratch_names_are_told_from_others() {
         assert!(!storage::is_scratch(Path::new(other)), "{other}");
     }
 }
+
+#[test]
+fn ranges_and_prefixes() {
+    let dir = folder();
+    let path = dir.path().join("a.bin");
+    fs::write(&path, (0..=255).collect::<Vec<u8>>()).unwrap();
+    assert_eq!(storage::read_range(&path, 10, 3).unwrap(), [10, 11, 12]);
+    assert_eq!(storage::read_range(&path, 256, 0).unwrap(), []);
+    assert_eq!(storage::read_prefix(&path, 2).unwrap(), [0, 1]);
+    assert_eq!(storage::read_prefix(&path, 1 << 40).unwrap().len(), 256);
+    let mut reader = storage::RangeReader::open(&path).unwrap();
+    assert_eq!((reader.file_len(), reader.read(255, 1).unwrap(), reader.read(0, 1).unwrap()), (256, vec![255], vec![0]));
+    assert_eq!(reader.read_up_to(250, 100).unwrap().len(), 6);
+    assert_eq!(reader.read_up_to(u64::MAX, 100).unwrap(), []);
+    assert_eq!(storage::stamp(&path).unwrap().len, 256);
+}
+
+#[test]
+fn a_range_behind_the_end_names_file_and_places() {
+    let dir = folder();
+    let path = dir.path().join("a.bin");
+    fs::write(&path, [1, 2, 3]).unwrap();
+    // The length is a lie of petabytes: nothing may be allocated for it.
+    for (offset, len) in [(2, 2), (3, 1), (u64::MAX, 1), (0, usize::MAX)] {
+        let error = storage::read_range(&path, offset, len).unwrap_err();
+        assert_eq!(error.to_string(), format!("cannot read `{}`", path.display()));
+        let cause = error.source().unwrap().to_string();
+        assert!(cause.contains("it ends at byte 3") && cause.contains(&len.to_string()), "{cause}");
+    }
+    let absent = dir.path().join("b.bin");
+    assert!(storage::read_range(&absent, 0, 1).unwrap_err().is_not_found());
+    assert!(storage::stamp(&absent).unwrap_err().is_not_found());
+}

@@ -1,1 +1,28 @@
-//! (crate trainer)
+//! Training runs: the recipe, the loop, checkpoints and resume, metrics, previews, export.
+//!
+//! [`config::RunConfig`] is what a recipe says, [`train::train`] runs it, [`checkpoint`] is what it can go on from,
+//! [`metadata`] is what a written adapter tells about its run. Nothing is printed here: what is worth telling is an
+//! [`event::Event`].
+//!
+//! It knows every other crate of the workspace. Must not know: `cli`.
+
+pub mod base;
+pub mod checkpoint;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod event;
+pub mod export;
+pub mod interrupt;
+pub mod metadata;
+pub mod metrics;
+pub mod outputs;
+pub mod preview;
+pub mod setup;
+pub mod step;
+pub mod timeline;
+pub mod tools;
+pub mod train;
+pub mod validation;
+
+pub use error::{Error, Result};

@@ -14,8 +14,7 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 
 use super::DecodeError;
 
-/// The most pixels that an image may have: 2^28, over which PIL too suspects a decompression bomb. Decoded, they take at
-/// most 2 GiB.
+/// The most pixels that an image may have: 2^28, half as many again as PIL allows. Decoded, they take at most 2 GiB.
 pub const MAX_PIXELS: u64 = 1 << 28;
 
 /// A format that can be read.

@@ -6,7 +6,7 @@
 
 use ::image::RgbImage;
 use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::{Filter, FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 
 use crate::config::Interpolation;
 
@@ -21,7 +21,7 @@ pub fn resize(image: RgbImage, size: (u32, u32), method: Option<Interpolation>) 
         None | Some(Interpolation::Lanczos) => ResizeAlg::Convolution(FilterType::Lanczos3),
         Some(Interpolation::Box) => ResizeAlg::Convolution(FilterType::Box),
         Some(Interpolation::Area | Interpolation::Linear) => ResizeAlg::Interpolation(FilterType::Bilinear),
-        Some(Interpolation::Cubic) => ResizeAlg::Interpolation(FilterType::CatmullRom),
+        Some(Interpolation::Cubic) => ResizeAlg::Interpolation(FilterType::Custom(cubic())),
         Some(Interpolation::Nearest) => ResizeAlg::Nearest,
     };
     // Across, then down, as PIL: u8 is cut to 0..255 in between, so the order shows.
@@ -39,6 +39,17 @@ fn by_filter(image: &RgbImage, (width, height): (u32, u32), algorithm: ResizeAlg
     let options = ResizeOptions::new().resize_alg(algorithm);
     Resizer::new().resize(&source, &mut target, &options).expect("both images are U8x3 and the whole source is taken");
     RgbImage::from_raw(width, height, target.into_vec()).expect("the target was made with this size")
+}
+
+/// OpenCV's cubic: Keys 1981, equation 4, with a = -0.75 (Catmull-Rom has -0.5).
+fn cubic() -> Filter {
+    const A: f64 = -0.75;
+    let kernel = |x: f64| match x.abs() {
+        x if x < 1.0 => ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0,
+        x if x < 2.0 => ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A,
+        _ => 0.0,
+    };
+    Filter::new("cubic", kernel, 2.0).expect("the support is finite and positive")
 }
 
 /// The source pixels that one target pixel covers along an axis: the first, and the part of the target that each fills.

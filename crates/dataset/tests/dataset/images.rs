@@ -30,13 +30,12 @@ fn every_format_and_peculiarity() {
         let (header, image) = (probe(&bytes).unwrap(), decode(&bytes).unwrap());
         let size = (expected["size"][0].as_u64().unwrap() as u32, expected["size"][1].as_u64().unwrap() as u32);
         assert_eq!((header.size, image.dimensions()), (size, size), "{name}");
-        // Lossless formats: exact; blending rounds once where PIL rounds twice. JPEG decoders differ by design (inverse
-        // DCT, chroma upsampling, colour conversion): the bounds are what two correct ones show on a hard edge.
+        // Lossless formats and WebP (the same library): exact; blending rounds once where PIL rounds twice. JPEG decoders
+        // may differ by a level in the inverse DCT, and by more in chroma upsampling next to a hard edge (measured: 3).
         let tolerance = match name.as_str() {
             "alpha.png" | "alpha.webp" | "grey-alpha.png" => 1,
-            "subsampled.jpg" => 10,
-            "cmyk.jpg" => 4,
-            n if n.ends_with(".jpg") => 3,
+            "subsampled.jpg" => 4,
+            n if n.ends_with(".jpg") => 2,
             _ => 0,
         };
         let difference = largest_difference(image.as_raw(), &hex(&expected["rgb"]));
@@ -66,14 +65,18 @@ fn resizing_equals_pil_and_opencv() {
     for case in cases.as_array().unwrap() {
         let size = (case["size"][0].as_u64().unwrap() as u32, case["size"][1].as_u64().unwrap() as u32);
         let method: Interpolation = serde_json::from_value(case["method"].clone()).unwrap();
-        // One level: rounding (fixed point in PIL, fast_image_resize and OpenCV, each its own). The cubic kernels differ
-        // by design (a = -0.5 here, -0.75 in OpenCV): only a gross error is looked for.
+        // One level: rounding (fixed point in PIL, fast_image_resize and OpenCV, each its own). At the border OpenCV's
+        // cubic repeats the last pixel, fast_image_resize's leaves it out.
         let tolerance = match method {
             Interpolation::Nearest => 0,
-            Interpolation::Cubic => 60,
+            Interpolation::Cubic => 4,
             _ => 1,
         };
-        let difference = largest_difference(resize(rough(), size, Some(method)).as_raw(), &hex(&case["rgb"]));
+        let mut source = rough();
+        if method == Interpolation::Cubic {
+            source.iter_mut().for_each(|v| *v = (*v >> 2) + 96);
+        }
+        let difference = largest_difference(resize(source, size, Some(method)).as_raw(), &hex(&case["rgb"]));
         assert!(difference <= tolerance, "{method:?} to {size:?}: differs by {difference}, allowed {tolerance}");
     }
 }

@@ -7,8 +7,8 @@ use std::sync::LazyLock;
 use plsfix::TextFixerConfig;
 use regex::Regex;
 
-/// Stands for `&` where entities must survive: a private-use character, so neither a word, a mark nor mojibake.
-const HELD_AMPERSAND: &str = "\u{f8ff}";
+/// Stands for `&` where entities must survive: a private-use character that no 8-bit encoding has, so it is no mojibake.
+const HELD_AMPERSAND: &str = "\u{f5a1}";
 
 static ENTITY: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new("&(?:#?[0-9A-Za-z]{1,24};)").ok());
 

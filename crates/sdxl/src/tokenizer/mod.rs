@@ -31,11 +31,18 @@ pub const INNER: usize = ROW - 2;
 /// One row of ids, as an encoder takes it.
 pub type Row = [u32; ROW];
 
+/// A text that stands for an id wherever it is in a caption, and is found before anything else is done to it.
+type Special = (&'static str, u32);
+const SPECIALS: &[Special] = &[(BOS_TEXT, BOS), (EOS_TEXT, EOS)];
+/// diffusers declares te2's padding token special, so "!" never joins the marks beside it.
+const SPECIALS_WITH_PAD: &[Special] = &[(BOS_TEXT, BOS), (EOS_TEXT, EOS), ("!", TE2_PAD)];
+
 /// CLIP's tokenizer. Building it takes some tens of milliseconds; it can be shared between threads.
 pub struct Tokenizer {
     bpe: BPE,
     words: Regex,
     byte_characters: [char; 256],
+    te2_specials: &'static [Special],
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -57,21 +64,28 @@ impl Tokenizer {
         // openai/CLIP, clip/simple_tokenizer.py: special tokens, English contractions, letters, single digits, marks.
         let words = r"(?i)<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+";
         let words = Regex::new(words).map_err(|e| Error::Vocabulary { what: e.to_string() })?;
-        Ok(Tokenizer { bpe, words, byte_characters: vocabulary::byte_characters() })
+        Ok(Tokenizer { bpe, words, byte_characters: vocabulary::byte_characters(), te2_specials: SPECIALS_WITH_PAD })
     }
 
-    /// All ids of a caption, with BOS and EOS, however many.
+    /// How te2 reads "!". Off: as a special token of its own, which is what diffusers' `tokenizer_2` does. On: as a mark
+    /// like any other, as te1 does; this is what sd-scripts does, which sets the padding token by its id.
+    pub fn plain_exclamation_marks(mut self, on: bool) -> Tokenizer {
+        self.te2_specials = if on { SPECIALS } else { SPECIALS_WITH_PAD };
+        self
+    }
+
+    /// All ids of a caption as te1 reads it, with BOS and EOS, however many.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         let mut ids = vec![BOS];
-        self.push_tokens(text, &mut ids);
+        self.push_tokens(text, SPECIALS, &mut ids);
         ids.push(EOS);
         ids
     }
 
-    /// The ids of a caption without BOS and EOS.
+    /// The ids of a caption as te1 reads it, without BOS and EOS.
     pub fn tokens(&self, text: &str) -> Vec<u32> {
         let mut ids = Vec::new();
-        self.push_tokens(text, &mut ids);
+        self.push_tokens(text, SPECIALS, &mut ids);
         ids
     }
 
@@ -82,13 +96,15 @@ impl Tokenizer {
 
     /// `chunks` rows (at least one) for te2; the caption is cut off after 75 * `chunks` tokens.
     pub fn te2_rows(&self, text: &str, chunks: usize) -> Vec<Row> {
-        rows(&self.tokens(text), chunks, TE2_PAD)
+        let mut ids = Vec::new();
+        self.push_tokens(text, self.te2_specials, &mut ids);
+        rows(&ids, chunks, TE2_PAD)
     }
 
-    fn push_tokens(&self, text: &str, ids: &mut Vec<u32>) {
-        // BOS and EOS written out in a caption are found before cleaning, which then sees the pieces between them.
+    fn push_tokens(&self, text: &str, specials: &[Special], ids: &mut Vec<u32>) {
+        // Special texts are found before cleaning, which then sees the pieces between them.
         let mut rest = text;
-        while let Some((at, special, id)) = next_special(rest) {
+        while let Some((at, special, id)) = next_special(rest, specials) {
             self.push_piece(&rest[..at], ids);
             ids.push(id);
             rest = &rest[at + special.len()..];
@@ -116,9 +132,8 @@ impl Tokenizer {
     }
 }
 
-fn next_special(text: &str) -> Option<(usize, &'static str, u32)> {
-    let find = |special: &'static str, id| text.find(special).map(|at| (at, special, id));
-    [find(BOS_TEXT, BOS), find(EOS_TEXT, EOS)].into_iter().flatten().min_by_key(|&(at, ..)| at)
+fn next_special(text: &str, specials: &[Special]) -> Option<(usize, &'static str, u32)> {
+    specials.iter().filter_map(|&(special, id)| Some((text.find(special)?, special, id))).min_by_key(|&(at, ..)| at)
 }
 
 /// Lays tokens out as `chunks` rows: BOS, tokens, EOS and padding in one line, then cut; every row gets the line's first

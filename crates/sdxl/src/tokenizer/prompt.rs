@@ -2,7 +2,7 @@
 //! (library/strategy_base.py, `_get_weighted_input_ids`; design facts 9.1), which are A1111's without prompt editing,
 //! `BREAK` and commas. Applying the weights to the encoders' outputs is left to the caller.
 
-use super::{EOS, INNER, ROW, Row, TE2_PAD, Tokenizer, rows};
+use super::{EOS, INNER, ROW, Row, SPECIALS, TE2_PAD, Tokenizer, rows};
 
 /// Factor of a pair of round brackets; square ones divide by it.
 const STEP: f64 = 1.1;
@@ -14,8 +14,10 @@ pub struct WeightedRows {
     pub te1: Vec<Row>,
     /// Rows for te2.
     pub te2: Vec<Row>,
-    /// What to multiply the hidden state of each position by, in both encoders; 1 for BOS, EOS and padding.
-    pub weights: Vec<[f32; ROW]>,
+    /// What to multiply te1's hidden state of each position by; 1 for BOS, EOS and padding.
+    pub te1_weights: Vec<[f32; ROW]>,
+    /// The same for te2, which may cut marks into other tokens.
+    pub te2_weights: Vec<[f32; ROW]>,
 }
 
 impl Tokenizer {
@@ -23,21 +25,35 @@ impl Tokenizer {
     /// ([`Tokenizer::te1_rows`]); `None` gives as many as the prompt needs, so that nothing is cut off.
     /// Each piece between brackets is tokenized by itself.
     pub fn weighted_rows(&self, text: &str, chunks: Option<usize>) -> WeightedRows {
-        let mut tokens = Vec::new();
-        let mut weights = Vec::new();
-        for (piece, weight) in parse_emphasis(text) {
-            self.push_tokens(&piece, &mut tokens);
-            weights.resize(tokens.len(), weight);
+        let pieces = parse_emphasis(text);
+        let read = |specials| {
+            let (mut tokens, mut weights) = (Vec::new(), Vec::new());
+            for (piece, weight) in &pieces {
+                self.push_tokens(piece, specials, &mut tokens);
+                weights.resize(tokens.len(), *weight);
+            }
+            (tokens, weights)
+        };
+        let (te1, te1_weights) = read(SPECIALS);
+        let (te2, te2_weights) = read(self.te2_specials);
+        let chunks = chunks.unwrap_or(te1.len().max(te2.len()).div_ceil(INNER)).max(1);
+        WeightedRows {
+            te1: rows(&te1, chunks, EOS),
+            te2: rows(&te2, chunks, TE2_PAD),
+            te1_weights: weight_rows(te1_weights, chunks),
+            te2_weights: weight_rows(te2_weights, chunks),
         }
-        let chunks = chunks.unwrap_or(tokens.len().div_ceil(INNER)).max(1);
-        weights.resize(INNER * chunks, 1.0);
-        let weights = weights.chunks_exact(INNER).map(|inner| {
-            let mut row = [1.0; ROW];
-            row[1..=INNER].copy_from_slice(inner);
-            row
-        });
-        WeightedRows { te1: rows(&tokens, chunks, EOS), te2: rows(&tokens, chunks, TE2_PAD), weights: weights.collect() }
     }
+}
+
+fn weight_rows(mut weights: Vec<f32>, chunks: usize) -> Vec<[f32; ROW]> {
+    weights.resize(INNER * chunks, 1.0);
+    let row = |inner: &[f32]| {
+        let mut row = [1.0; ROW];
+        row[1..=INNER].copy_from_slice(inner);
+        row
+    };
+    weights.chunks_exact(INNER).map(row).collect()
 }
 
 /// Splits a prompt into pieces of equal weight.

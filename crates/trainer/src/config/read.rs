@@ -3,12 +3,15 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use diffusion::{LossConfig, LossType, NoiseConfig};
+use optim::{ScheduleKind, ScheduleOptions};
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
 
 use super::dataset::{self as data, CacheConfig, SUBSETS};
 use super::error::{ConfigError, Fault, Place};
 use super::key::{Key, Section, Setting};
+use super::render::show;
 use super::sections::PromptConfig;
 use super::suggest::{unknown, unknown_section, wrong_kind};
 use super::{RunConfig, catalog};
@@ -299,6 +302,24 @@ impl RunConfig {
         let hyper = optim::Hyper::defaults(train.optimizer);
         train.betas.get_or_insert([hyper.betas.0, hyper.betas.1]);
         train.weight_decay.get_or_insert(hyper.weight_decay);
+        let (loss, schedule, noise) = (LossConfig::default(), ScheduleOptions::default(), NoiseConfig::default());
+        if matches!(train.loss_type, LossType::Huber | LossType::SmoothL1) {
+            train.huber_schedule.get_or_insert(loss.huber_schedule);
+            train.huber_c.get_or_insert(loss.huber_c);
+            train.huber_scale.get_or_insert(loss.huber_scale);
+        }
+        match train.lr_scheduler {
+            ScheduleKind::CosineWithRestarts => _ = train.lr_scheduler_num_cycles.get_or_insert(schedule.num_cycles),
+            ScheduleKind::CosineWithMinLr => {
+                train.lr_scheduler_num_cycles.get_or_insert(schedule.num_cycles);
+                train.lr_scheduler_min_lr_ratio.get_or_insert(schedule.min_lr_ratio);
+            }
+            ScheduleKind::Polynomial => _ = train.lr_scheduler_power.get_or_insert(schedule.power),
+            _ => (),
+        }
+        if train.multires_noise_iterations.is_some_and(|n| n > 0) {
+            train.multires_noise_discount.get_or_insert(noise.multires_noise_discount);
+        }
         network.conv_dim.get_or_insert(network.dim);
         network.conv_alpha.get_or_insert(network.alpha);
         self.cache.cache_latents |= self.cache.cache_latents_to_disk;
@@ -310,5 +331,5 @@ impl RunConfig {
 
 /// A value as a recipe writes it.
 pub(super) fn written<T: Setting>(value: &T) -> String {
-    value.write().map_or_else(|| "(not set)".into(), |v| v.to_string())
+    value.write().map_or_else(|| "(not set)".into(), |v| show(&v))
 }

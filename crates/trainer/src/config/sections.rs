@@ -19,15 +19,15 @@ section! {
         v_parameterization: bool = false, same;
         /// Train with the schedule that leaves no signal at the last timestep. The base model must have been trained so.
         zero_terminal_snr: bool = false, same;
-        /// Channels per attention head of the UNet, where the checkpoint does not tell. SDXL: 64.
+        /// Channels per attention head of the UNet, in place of what the checkpoint says (SDXL's 64 where it says nothing).
         head_dim: Option<usize> = None, ours;
-        /// Groups of the UNet's group norms, where the checkpoint does not tell. SDXL: 32.
+        /// Groups of the UNet's group norms, in place of what the checkpoint says (SDXL's 32 where it says nothing).
         norm_num_groups: Option<usize> = None, ours;
-        /// Attention heads of the first text encoder, where the checkpoint does not tell. SDXL: 12.
+        /// Attention heads of the first text encoder, in place of what the checkpoint says (SDXL's 12 where it says nothing).
         te1_heads: Option<usize> = None, ours;
-        /// Attention heads of the second text encoder, where the checkpoint does not tell. SDXL: 20.
+        /// Attention heads of the second text encoder, in place of what the checkpoint says (SDXL's 20 where it says nothing).
         te2_heads: Option<usize> = None, ours;
-        /// Groups of the VAE's group norms, where the checkpoint does not tell. SDXL: 32.
+        /// Groups of the VAE's group norms, in place of what the checkpoint says (SDXL's 32 where it says nothing).
         vae_norm_num_groups: Option<usize> = None, ours;
     }
 }
@@ -131,6 +131,8 @@ section! {
         resume: Resume = Resume::Auto, same;
         /// A comment for the file's metadata.
         training_comment: Option<String> = None, same;
+        /// Write start, end and date of the run into the metadata. Off, equal runs give equal files, resumed or not.
+        timestamps: bool = false, ours;
         /// Write only the metadata that readers need to recognise the file.
         no_metadata: bool = false, same;
         /// Title in the metadata. If absent: `name`.

@@ -19,8 +19,9 @@ pub(super) fn unknown(section: &str, key: &str, place: Place) -> Fault {
         return fault(format!("unknown key `{full}`: sd-scripts' `{key}` is called {names} here"), Some(format!("write {names}")));
     }
     let homes: Vec<&str> = sections.iter().filter(|s| s.keys.iter().any(|k| k.name == key)).map(|s| s.name).collect();
-    if !homes.is_empty() && !(section.is_empty() && sections.iter().any(|s| s.name == key)) {
-        let homes: Vec<String> = homes.iter().map(|h| header(h)).collect();
+    if !homes.is_empty() {
+        let plain = homes.iter().any(|h| *h != "sample.prompts");
+        let homes: Vec<String> = homes.iter().filter(|h| !plain || **h != "sample.prompts").map(|h| header(h)).collect();
         return fault(format!("`{key}` is not a key of {}", header(section)), Some(format!("it belongs in {}", homes.join(" or "))));
     }
     if let Some((_, advice)) = WITHOUT_COUNTERPART.iter().find(|(name, _)| *name == key) {

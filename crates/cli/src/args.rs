@@ -1,0 +1,181 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Fine-tune SDXL with LoKr.
+#[derive(Parser)]
+#[command(name = "lokr", version, about, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Train the adapter of a recipe. Run again, it goes on where it stopped.
+    Train(Train),
+    /// Draw pictures with a base model and, if given, an adapter.
+    Sample(Sample),
+    /// Write a merged checkpoint, or the adapter of a run.
+    #[command(subcommand)]
+    Export(Export),
+    /// Show what a model or adapter file holds.
+    Inspect(Inspect),
+    /// Print a recipe with every key, its meaning and its default.
+    Recipe,
+}
+
+/// Arguments of `lokr train`.
+#[derive(Args)]
+pub struct Train {
+    /// The recipe.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Replace a key of the recipe, as `train.unet_lr=1e-4`. May be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Go on from this checkpoint, or from `latest`, the newest whole one of output.dir. (Replaces output.resume.)
+    #[arg(long, value_name = "CHECKPOINT|latest")]
+    pub resume: Option<String>,
+    /// Resume although the recipe differs from the checkpoint's in what changes the result.
+    #[arg(long)]
+    pub allow_recipe_change: bool,
+}
+
+/// The base model, for commands without a recipe.
+#[derive(Args)]
+pub struct Base {
+    /// Base model: a single-file checkpoint or a diffusers folder.
+    #[arg(long, value_name = "PATH")]
+    pub base: PathBuf,
+    /// A VAE that replaces the base model's.
+    #[arg(long, value_name = "PATH")]
+    pub vae: Option<PathBuf>,
+}
+
+/// Arguments of `lokr sample`.
+#[derive(Args)]
+pub struct Sample {
+    /// The base model.
+    #[command(flatten)]
+    pub base: Base,
+    /// An adapter file, with its strength behind a colon if it is not 1: `kohaku.safetensors:0.8`.
+    #[arg(long, value_name = "FILE[:STRENGTH]")]
+    pub lokr: Option<String>,
+    /// The text; `(tag:1.1)` and `\(` are understood. May be given several times.
+    #[arg(long, required = true)]
+    pub prompt: Vec<String>,
+    /// What guidance leads away from.
+    #[arg(long, default_value = "")]
+    pub negative_prompt: String,
+    /// Folder or, for one picture, PNG file to write.
+    #[arg(long, value_name = "PATH", default_value = "samples")]
+    pub out: PathBuf,
+    /// Width in pixels.
+    #[arg(long, default_value_t = 1024)]
+    pub width: u32,
+    /// Height in pixels.
+    #[arg(long, default_value_t = 1024)]
+    pub height: u32,
+    /// Sampling steps.
+    #[arg(long, default_value_t = 30)]
+    pub steps: u32,
+    /// Classifier-free guidance; 1 or less: none.
+    #[arg(long, default_value_t = 7.5)]
+    pub guidance_scale: f64,
+    /// Seed; the n-th picture of a prompt takes seed + n.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Pictures of each prompt.
+    #[arg(long, default_value_t = 1)]
+    pub count: u64,
+    /// euler, euler_ancestral, dpmpp_2m or ddim.
+    #[arg(long, default_value = "euler")]
+    pub sampler: String,
+    /// Spacing of the noise levels: uniform, karras, sgm_uniform, leading or leading_karras.
+    #[arg(long, default_value = "uniform")]
+    pub scheduler: String,
+    /// The base model predicts v.
+    #[arg(long)]
+    pub v_parameterization: bool,
+}
+
+/// Kinds of export.
+#[derive(Subcommand)]
+pub enum Export {
+    /// The base model with an adapter merged.
+    Merged(Merged),
+    /// The adapter of a run's checkpoint, as a file that other programs load.
+    Lokr(Lokr),
+}
+
+/// Arguments of `lokr export merged`.
+#[derive(Args)]
+pub struct Merged {
+    /// The base model.
+    #[command(flatten)]
+    pub base: Base,
+    /// The adapter file, with its strength behind a colon if it is not 1.
+    #[arg(long, value_name = "FILE[:STRENGTH]")]
+    pub lokr: String,
+    /// File or folder to write.
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+    /// Layout to write.
+    #[arg(long, value_enum, default_value_t = Format::Single)]
+    pub format: Format,
+    /// Number format to write; without it, the base model's.
+    #[arg(long, value_enum)]
+    pub precision: Option<Precision>,
+    /// Multiply by the scale twice, as LyCORIS's own merge does: for comparison with files merged there.
+    #[arg(long)]
+    pub lycoris_scale: bool,
+}
+
+/// Arguments of `lokr export lokr`.
+#[derive(Args)]
+pub struct Lokr {
+    /// The run's folder, or one of its checkpoints.
+    #[arg(long, value_name = "FOLDER")]
+    pub run: PathBuf,
+    /// File to write.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Number format to write.
+    #[arg(long, value_enum, default_value_t = Precision::Fp16)]
+    pub precision: Precision,
+}
+
+/// Arguments of `lokr inspect`.
+#[derive(Args)]
+pub struct Inspect {
+    /// A checkpoint, a diffusers folder, or an adapter file.
+    pub file: PathBuf,
+    /// Print the metadata too.
+    #[arg(long)]
+    pub metadata: bool,
+}
+
+/// Layout of a checkpoint.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Format {
+    /// One safetensors file, SGM names.
+    Single,
+    /// A diffusers folder.
+    Diffusers,
+}
+
+/// Number format of written tensors.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Precision {
+    /// f32.
+    Float,
+    /// f16.
+    Fp16,
+    /// bf16.
+    Bf16,
+}

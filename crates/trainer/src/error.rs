@@ -1,0 +1,130 @@
+//! The error of a run: what every part below says, and what the trainer itself refuses. The way out is in [`Error::hint`].
+
+use std::path::PathBuf;
+
+use crate::config::ConfigError;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong in a run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The recipe cannot be read.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A file.
+    #[error(transparent)]
+    Storage(#[from] storage::Error),
+    /// The base model.
+    #[error(transparent)]
+    Sdxl(#[from] sdxl::Error),
+    /// The adapter.
+    #[error(transparent)]
+    Lokr(#[from] lokr::Error),
+    /// The pictures.
+    #[error(transparent)]
+    Dataset(#[from] dataset::Error),
+    /// The optimizer.
+    #[error(transparent)]
+    Optim(#[from] optim::Error),
+    /// The noise schedule or the loss.
+    #[error(transparent)]
+    Diffusion(#[from] diffusion::Error),
+    /// A tensor operation.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+    /// A preview could not be written as PNG.
+    #[error("the picture `{}` cannot be written", path.display())]
+    Picture {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: image::ImageError,
+    },
+    /// A file of a checkpoint does not hold what a checkpoint holds.
+    #[error("checkpoint `{}`: {what}", path.display())]
+    Checkpoint {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// The run folder belongs to another recipe.
+    #[error("checkpoint `{}` was made by another recipe:{}", path.display(), differences.iter().map(|d| format!("\n  {d}")).collect::<String>())]
+    RecipeChanged {
+        /// The checkpoint.
+        path: PathBuf,
+        /// Key: value then, value now.
+        differences: Vec<String>,
+    },
+    /// The run folder holds checkpoints, and the recipe says to begin anew.
+    #[error("`{}` holds checkpoints of an earlier run, and output.resume is \"never\"", path.display())]
+    RunExists {
+        /// The run folder.
+        path: PathBuf,
+    },
+    /// A part that is trained got no gradient in the first step.
+    #[error("no gradient reached the {part} in the first step, though it is trained at a rate of {lr}")]
+    NoGradient {
+        /// The part.
+        part: &'static str,
+        /// Its learning rate.
+        lr: f64,
+    },
+    /// A loss or gradient is no number.
+    #[error("{what} is not finite at step {step}; samples of the step: {samples}")]
+    NotFinite {
+        /// Loss, or the gradient of a tensor.
+        what: String,
+        /// The optimizer step, counted from 1.
+        step: u64,
+        /// Files of the step's samples.
+        samples: String,
+    },
+    /// Anything that the user can mend, with the way out.
+    #[error("{what}")]
+    Refused {
+        /// What is wrong.
+        what: String,
+        /// The way out.
+        hint: String,
+    },
+}
+
+impl Error {
+    /// A refusal with its way out.
+    pub fn refused(what: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Refused { what: what.into(), hint: hint.into() }
+    }
+
+    /// The way out, where one is known.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Config(e) => e.hint(),
+            Self::Storage(e) => e.hint(),
+            Self::Sdxl(e) => e.hint(),
+            Self::Lokr(e) => e.hint(),
+            Self::Dataset(e) => e.hint(),
+            Self::Optim(e) => e.hint(),
+            Self::Diffusion(e) => e.hint(),
+            Self::Checkpoint { .. } => {
+                Some("resume from another checkpoint of the run, or from `latest`, which passes over damaged ones".into())
+            }
+            Self::RecipeChanged { .. } => {
+                Some("restore these keys, choose another output.dir, or resume with --allow-recipe-change if the change is meant".into())
+            }
+            Self::RunExists { .. } => Some("set output.resume = \"auto\" to go on, or choose another output.dir".into()),
+            Self::NoGradient { .. } => Some(
+                "the preset adapts nothing of it that the loss depends on: choose another preset, or set its learning rate to 0".into(),
+            ),
+            Self::NotFinite { .. } => Some(
+                "lower the learning rate or check the named pictures; the step was not applied, and the last checkpoint of the run is good"
+                    .into(),
+            ),
+            Self::Refused { hint, .. } => Some(hint.clone()),
+            Self::Tensor(_) | Self::Picture { .. } => None,
+        }
+    }
+}

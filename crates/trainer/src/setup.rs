@@ -1,0 +1,149 @@
+//! Building the parts of a run, in the order in which their mistakes are cheapest to find: recipe, pictures, base model,
+//! adapter, latents.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use dataset::Dataset;
+use lokr::{LokrNetwork, ParameterGroup};
+use ops::F32;
+use optim::Optimizer;
+use sdxl::Sdxl;
+use sdxl::tokenizer::Tokenizer;
+
+use crate::base;
+use crate::config::{Compat, ConfigError, RunConfig};
+use crate::data::{self, Data};
+use crate::error::{Error, Result};
+use crate::event::{Event, Observer};
+use crate::outputs::Outputs;
+use crate::step::{Objective, Trained};
+
+/// Everything that a run works with.
+pub struct Parts {
+    /// The base model with the adapter attached.
+    pub model: Sdxl,
+    /// The adapter.
+    pub network: LokrNetwork,
+    /// Its tensors.
+    pub trained: Vec<Trained>,
+    /// The optimizer, its state empty.
+    pub optimizer: Optimizer,
+    /// Batches.
+    pub data: Arc<Data>,
+    /// What the run leaves behind.
+    pub outputs: Outputs,
+    /// The loss.
+    pub objective: Objective,
+    /// SHA-256 of the base model.
+    pub base_hash: String,
+}
+
+/// Builds all parts and tells what was derived.
+///
+/// # Errors
+/// Anything that keeps the run from starting.
+pub fn build(config: &RunConfig, observe: &mut Observer) -> Result<Parts> {
+    config.check().map_err(ConfigError::Problems)?;
+    config.check_paths().map_err(ConfigError::Problems)?;
+    for problem in config.warnings() {
+        observe(Event::Warning(format!("{problem}; {}", problem.way_out)));
+    }
+    if let Some(threads) = config.train.threads {
+        // A pool that exists already stays: the first run of a process decides.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    }
+    let (dataset, report) = Dataset::open(&config.dataset)?;
+    observe(Event::Note(report.to_string().trim_end().to_string()));
+
+    let checkpoint = base::open_checkpoint(&config.model, config.train.compat == Some(Compat::SdScripts))?;
+    let model = base::load_model(&checkpoint)?;
+    let hash = checkpoint.hash()?;
+    let network = base::create_network(config, &model)?;
+    observe(Event::Note(base::table(config, &network)));
+    for pattern in network.unmatched() {
+        observe(Event::Warning(format!("the preset's {pattern} matches nothing in this model")));
+    }
+
+    let folder = latent_folder(config);
+    let vae_hash = vae_identity(config, &hash.sha256)?;
+    let cache = data::encode_latents(config, &dataset, &model.vae, &vae_hash, &folder, observe)?;
+    for (sample, why) in dataset.broken() {
+        observe(Event::Warning(format!("left out: {}: {why}", dataset.samples()[sample as usize].path.display())));
+    }
+
+    let trained: Vec<Trained> = network.parameters().into_iter().map(|(group, parameter)| Trained { group, parameter }).collect();
+    let sizes: Vec<usize> = trained.iter().map(|t| t.parameter.tensor().elem_count()).collect();
+    let hyper = config.hyper();
+    hyper.check()?;
+    let optimizer = Optimizer::new(config.train.optimizer, hyper, &sizes);
+    let objective = Objective {
+        schedule: config.noise_schedule(),
+        loss: config.loss(),
+        prediction: config.prediction(),
+        gradient_checkpointing: config.train.gradient_checkpointing,
+        train_text_encoder: trained.iter().any(|t| t.group.is_text_encoder()),
+    };
+    let data = Arc::new(Data::new(config, dataset, cache)?);
+    let outputs = Outputs::new(config, &model, Tokenizer::new()?, &data, &hash)?;
+    observe(Event::Note(derived(config, &data, &sizes, &optimizer)));
+    Ok(Parts { model, network, trained, optimizer, data, outputs, objective, base_hash: hash.sha256 })
+}
+
+/// Where cached latents are kept: beside the pictures, so that other runs find them.
+fn latent_folder(config: &RunConfig) -> PathBuf {
+    let first = config.dataset.subsets.first().map(|s| s.image_dir.clone()).unwrap_or_default();
+    first.join(".lokr-latents")
+}
+
+/// What the latent cache is keyed by: the file that the VAE comes from.
+fn vae_identity(config: &RunConfig, base: &str) -> Result<String> {
+    match &config.model.vae {
+        Some(file) if file.is_file() => Ok(storage::sha256_file(file)?),
+        Some(folder) => Ok(format!("{base} {}", folder.display())),
+        None => Ok(base.to_string()),
+    }
+}
+
+/// The numbers that follow from the recipe.
+fn derived(config: &RunConfig, data: &Data, sizes: &[usize], optimizer: &Optimizer) -> String {
+    let t = &config.train;
+    let line = data.timeline;
+    let batch = t.batch_size * t.gradient_accumulation_steps;
+    format!(
+        "compute f32 on {} threads; batch {} x accumulation {} = {batch} images per step\n\
+         {} batches and {} steps per epoch; {} steps in all ({:.2} epochs)\n\
+         {} with {} trained numbers; gradient checkpointing {}",
+        rayon::current_num_threads(),
+        t.batch_size,
+        t.gradient_accumulation_steps,
+        line.batches_per_epoch,
+        line.steps_per_epoch(),
+        line.total_steps,
+        line.total_steps as f64 / line.steps_per_epoch() as f64,
+        optimizer.kind().name(),
+        base::thousands(sizes.iter().sum()),
+        if t.gradient_checkpointing { "on" } else { "off" },
+    )
+}
+
+/// Refuses a run in which a part is trained and its gradient, that of the first step, is exactly zero.
+///
+/// # Errors
+/// [`Error::NoGradient`] naming the part.
+pub fn check_gradients(config: &RunConfig, trained: &[Trained]) -> Result<()> {
+    for group in ParameterGroup::ALL {
+        let mut of_part = trained.iter().filter(|t| t.group == group).peekable();
+        if of_part.peek().is_none() {
+            continue;
+        }
+        let mut moved = false;
+        for gradient in of_part.filter_map(|t| t.parameter.grad()) {
+            moved |= F32::new(&gradient)?.iter().any(|&v| v != 0.0);
+        }
+        if !moved {
+            return Err(Error::NoGradient { part: base::part_name(group), lr: base::learning_rate(config, group) });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! Forward and backward of one micro-batch, and the update that ends an optimizer step.
+
+use candle_core::Tensor;
+use diffusion::{BatchNoise, LossConfig, Prediction, Schedule};
+use lokr::ParameterGroup;
+use ops::{F32, Parameter, Value};
+use optim::{Optimizer, clip};
+use sdxl::Sdxl;
+use sdxl::conditioning::added_condition;
+
+use crate::error::Result;
+
+/// What one forward pass takes.
+pub struct MicroBatch {
+    /// `(n, 4, h, w)`, scaled by 0.13025.
+    pub latents: Tensor,
+    /// Noise and timesteps, one per sample.
+    pub noise: BatchNoise,
+    /// Token ids of both encoders: `chunks` rows of 77 per sample.
+    pub ids: [Vec<Vec<u32>>; 2],
+    /// Rows per sample.
+    pub chunks: usize,
+    /// `(n, 6)`: original height and width, crop top and left, target height and width.
+    pub time_ids: Tensor,
+}
+
+impl MicroBatch {
+    /// Samples in it.
+    pub fn len(&self) -> usize {
+        self.noise.timesteps.len()
+    }
+
+    /// Whether it holds no sample; the plan makes no such batch.
+    pub fn is_empty(&self) -> bool {
+        self.noise.timesteps.is_empty()
+    }
+}
+
+/// What is asked of the network.
+pub struct Objective {
+    /// Noise schedule.
+    pub schedule: Schedule,
+    /// Element loss and weights by timestep.
+    pub loss: LossConfig,
+    /// Noise or velocity.
+    pub prediction: Prediction,
+    /// Recompute activations in the backward pass.
+    pub gradient_checkpointing: bool,
+    /// Whether the text encoders are trained; if not, they run without recording.
+    pub train_text_encoder: bool,
+}
+
+/// What one forward pass gave.
+pub struct Forward {
+    /// The prediction, `(n, 4, h, w)`, on the tape.
+    pub prediction: Value,
+    /// Loss of each sample, weighted.
+    pub per_sample: Vec<f64>,
+    /// Mean of `per_sample`.
+    pub loss: f64,
+    /// Mean loss before the weights by timestep.
+    pub unweighted: f64,
+    /// d loss / d prediction.
+    pub gradient: Tensor,
+}
+
+/// The forward pass: text encoders, UNet, loss.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn forward(model: &Sdxl, objective: &Objective, batch: &MicroBatch) -> Result<Forward> {
+    let checkpointing = objective.gradient_checkpointing;
+    let encode = || model.encode_text(&batch.ids[0], &batch.ids[1], batch.chunks, None, checkpointing);
+    let text = if objective.train_text_encoder { encode()? } else { ops::no_grad(encode)? };
+    let timesteps = &batch.noise.timesteps;
+    let noisy = objective.schedule.add_noise(&batch.latents, &batch.noise.input, timesteps)?;
+    let target = objective.schedule.target(objective.prediction, &batch.latents, &batch.noise.target, timesteps)?;
+    let vector = added_condition(&text.pooled, &batch.time_ids)?;
+    let t = Tensor::from_vec(timesteps.iter().map(|&t| t as f32).collect::<Vec<_>>(), timesteps.len(), noisy.device())?;
+    let prediction = model.unet.forward(&Value::constant(noisy), &t, &text.context, &vector, checkpointing)?;
+    let loss = objective.loss.loss(&objective.schedule, prediction.tensor(), &target, timesteps, None, None)?;
+    let unweighted = loss.unweighted.iter().sum::<f64>() / batch.len().max(1) as f64;
+    Ok(Forward { prediction, per_sample: loss.per_sample, loss: loss.loss, unweighted, gradient: loss.gradient })
+}
+
+/// Forward and backward of one micro-batch; `share` of its gradient is added to the parameters' gradients. `share` is
+/// its part of the step's samples, so that a short last batch counts by its samples. Gives the loss of each sample.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn micro_step(model: &Sdxl, objective: &Objective, batch: &MicroBatch, share: f64) -> Result<Vec<f64>> {
+    let forward = forward(model, objective, batch)?;
+    // A loss that is no number has no gradient worth adding; the caller sees it and withholds the step.
+    if forward.loss.is_finite() {
+        ops::backward(vec![(forward.prediction, (forward.gradient * share)?)])?;
+    }
+    Ok(forward.per_sample)
+}
+
+/// A trained tensor with the part it belongs to.
+pub struct Trained {
+    /// Part of the model.
+    pub group: ParameterGroup,
+    /// The tensor.
+    pub parameter: Parameter,
+}
+
+/// L2 norm of all gradients together, before clipping; with the first tensor whose gradient is not finite, if any.
+///
+/// # Errors
+/// If a gradient is not on the CPU.
+pub fn gradient_norm(trained: &[Trained]) -> Result<(f64, Option<String>)> {
+    let grads: Vec<(usize, Tensor)> = trained.iter().enumerate().filter_map(|(i, t)| Some((i, t.parameter.grad()?))).collect();
+    let views = grads.iter().map(|(_, g)| F32::new(g)).collect::<candle_core::Result<Vec<_>>>()?;
+    let slices: Vec<&[f32]> = views.iter().map(|v| &**v).collect();
+    let norm = clip::global_norm(&slices);
+    let bad = if norm.is_finite() {
+        None
+    } else {
+        let first = slices.iter().position(|s| s.iter().any(|v| !v.is_finite()));
+        first.map(|i| trained[grads[i].0].parameter.name().to_string())
+    };
+    Ok((norm, bad))
+}
+
+/// Clips by the global norm, steps every parameter that has a gradient at its group's rate, and forgets the gradients. A
+/// parameter without gradient gets no update and no decay.
+///
+/// # Errors
+/// If a tensor is not on the CPU.
+pub fn update(
+    trained: &[Trained],
+    optimizer: &mut Optimizer,
+    norm: f64,
+    max_grad_norm: f64,
+    lr: impl Fn(ParameterGroup) -> f64,
+) -> Result<()> {
+    let factor = clip::clip_factor(norm, max_grad_norm);
+    for (index, t) in trained.iter().enumerate() {
+        let Some(grad) = t.parameter.take_grad() else { continue };
+        let grad = if factor == 1.0 { grad } else { (grad * f64::from(factor))? };
+        let value = t.parameter.tensor();
+        let mut data = F32::new(&value)?.to_vec();
+        optimizer.step(index, &mut data, &F32::new(&grad)?, lr(t.group) as f32);
+        t.parameter.set(Tensor::from_vec(data, value.shape(), value.device())?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! Ten optimizer steps of the tiny SDXL under `lokr-preset.toml`, against the trajectory that PyTorch, LyCORIS and
+//! bitsandbytes recorded (tests/golden/README.md, train_step).
+
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use diffusion::{BatchNoise, LossConfig, Prediction, Schedule, add_offset};
+use lokr::{LokrNetwork, NetworkConfig, ParameterGroup, Preset, Trees};
+use optim::{Hyper, Optimizer, OptimizerKind};
+use sdxl::Sdxl;
+use sdxl::checkpoint::{Checkpoint, HeadDims};
+use serde_json::Value as Json;
+use storage::safetensors::SafeTensors;
+use trainer::step::{self, MicroBatch, Objective, Trained};
+
+fn golden(name: &str) -> PathBuf {
+    std::env::var_os("LOKR_GOLDEN")
+        .map_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden").into(), PathBuf::from)
+        .join(name)
+}
+
+const TINY: HeadDims = HeadDims { head_dim: 8, norm_num_groups: 8, te1_heads: 2, te2_heads: 4, vae_norm_num_groups: 16 };
+
+struct Recorded {
+    file: SafeTensors,
+    json: Json,
+}
+
+impl Recorded {
+    fn open() -> Self {
+        let json = serde_json::from_str(&storage::read_to_string(&golden("train_step.json")).unwrap()).unwrap();
+        Self { file: SafeTensors::open(&golden("train_step.safetensors")).unwrap(), json }
+    }
+
+    fn get(&self, name: &str) -> Tensor {
+        let info = self.file.info(name).unwrap_or_else(|| panic!("no {name}"));
+        Tensor::from_raw_buffer(self.file.bytes(name).unwrap(), DType::try_from(info.dtype).unwrap(), &info.shape, &Device::Cpu).unwrap()
+    }
+
+    fn numbers(&self, key: &str, run: &str) -> Vec<Json> {
+        self.json["runs"][run].as_array().unwrap_or_else(|| panic!("runs.{run}")).iter().map(|step| step[key].clone()).collect()
+    }
+
+    fn batch(&self, k: usize, noise_offset: f64) -> MicroBatch {
+        let get = |name: &str| self.get(&format!("in.{k:02}.{name}"));
+        let f32 = |name: &str| get(name).to_dtype(DType::F32).unwrap();
+        let ids = |name: &str| get(name).to_dtype(DType::U32).unwrap().to_vec2().unwrap();
+        let noise = add_offset(&f32("noise"), &f32("offset_noise"), noise_offset).unwrap();
+        let timesteps = get("timesteps").to_dtype(DType::U32).unwrap().to_vec1().unwrap();
+        MicroBatch {
+            latents: f32("latents"),
+            noise: BatchNoise { target: noise.clone(), input: noise, timesteps },
+            ids: [ids("ids1"), ids("ids2")],
+            chunks: 1,
+            time_ids: get("time_ids").to_dtype(DType::F32).unwrap(),
+        }
+    }
+}
+
+fn flat(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+struct Setup {
+    model: Sdxl,
+    trained: Vec<Trained>,
+}
+
+fn setup(r: &Recorded, untransposed: bool) -> (Setup, LokrNetwork) {
+    let mut checkpoint = Checkpoint::open(&golden("tiny-sdxl.safetensors")).unwrap().with_head_dims(TINY);
+    checkpoint.untransposed_text_projection(untransposed);
+    let model = Sdxl::load(&checkpoint, DType::F32).unwrap();
+    let preset = Preset::load(golden("lokr-preset.toml").to_str().unwrap()).unwrap();
+    let config = NetworkConfig { factor: 8, full_matrix: true, ..NetworkConfig::new(preset) };
+    let trees = Trees { te1: Some(&model.te1.tree), te2: Some(&model.te2.tree), unet: Some(&model.unet.tree) };
+    let network = LokrNetwork::create(&config, trees).unwrap();
+    let trained: Vec<Trained> = network.parameters().into_iter().map(|(group, parameter)| Trained { group, parameter }).collect();
+    assert_eq!(trained.len(), r.json["adapter"]["tensors"].as_u64().unwrap() as usize);
+    for t in &trained {
+        t.parameter.set(r.get(&format!("init.{}", t.parameter.name()))).unwrap();
+    }
+    (Setup { model, trained }, network)
+}
+
+fn run(kind: OptimizerKind, name: &str, untransposed: bool, weights: Option<(&str, f64)>) {
+    let r = Recorded::open();
+    let hyper = &r.json["hyper"];
+    let number = |key: &str| hyper[key].as_f64().unwrap();
+    let (Setup { model, trained }, _network) = setup(&r, untransposed);
+    for gradient_checkpointing in [false, true] {
+        for t in &trained {
+            t.parameter.set(r.get(&format!("init.{}", t.parameter.name()))).unwrap();
+        }
+        let objective = Objective {
+            schedule: Schedule::sdxl(),
+            loss: LossConfig { min_snr_gamma: Some(number("gamma")), ..LossConfig::default() },
+            prediction: Prediction::Epsilon,
+            gradient_checkpointing,
+            train_text_encoder: true,
+        };
+        let sizes: Vec<usize> = trained.iter().map(|t| t.parameter.tensor().elem_count()).collect();
+        let mut optimizer = Optimizer::new(kind, Hyper { betas: (0.9, 0.95), weight_decay: number("weight_decay"), eps: 1e-8 }, &sizes);
+        let losses = r.numbers("losses", name);
+        let norms = r.numbers("grad_norm", name);
+        let max_grad_norm = r.json["max_grad_norm"][name].as_f64().unwrap();
+        for s in 0..10 {
+            for m in 0..2 {
+                let batch = r.batch(2 * s + m, number("noise_offset"));
+                let per_sample = step::micro_step(&model, &objective, &batch, 0.5).unwrap();
+                let loss = per_sample.iter().sum::<f64>() / per_sample.len() as f64;
+                let want = losses[s][m].as_f64().unwrap();
+                // `lion`: the README's bound. `untransposed`: in the second step the update of an element cancels to rounding noise and
+                // its sign falls the other way (with candle's own ops in place of ours too), which moves one weight by
+                // 2 lr; losses part by up to 2e-5 from there on. `lion8bit`: another quantizer.
+                let bound = match name {
+                    "lion" => 1e-5,
+                    "untransposed" => 4e-5,
+                    _ => 2e-3,
+                };
+                assert!((loss / want - 1.0).abs() < bound, "{name} step {s} micro-batch {m}: {loss} against {want}");
+            }
+            if kind == OptimizerKind::Lion && !untransposed && [0, 3].contains(&s) {
+                check_gradients(&r, &trained, s);
+            }
+            let (norm, bad) = step::gradient_norm(&trained).unwrap();
+            assert_eq!(bad, None);
+            if let Some(want) = norms[s].as_f64() {
+                let bound = if kind == OptimizerKind::Lion { 1e-4 } else { 2e-2 };
+                assert!((norm / want - 1.0).abs() < bound, "{name} step {s}: gradient norm {norm} against {want}");
+            }
+            let factor = (s as f64 / number("warmup")).min(1.0);
+            let lr = |group: ParameterGroup| factor * number(if group.is_text_encoder() { "lr_te" } else { "lr_unet" });
+            step::update(&trained, &mut optimizer, norm, max_grad_norm, lr).unwrap();
+            if let Some((prefix, allowed)) = weights.filter(|_| s == 2 || s == 9) {
+                check_weights(&r, &trained, &format!("{prefix}.after.{s}"), s, allowed, number("lr_unet"));
+            }
+        }
+    }
+}
+
+/// Gradients of the accumulated step within 1e-4 of each tensor's largest value; exactly the tensors without gradient
+/// that PyTorch has.
+fn check_gradients(r: &Recorded, trained: &[Trained], s: usize) {
+    let without: Vec<&str> = r.json["adapter"]["without_gradient"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+    let mut found = Vec::new();
+    for t in trained {
+        let name = t.parameter.name();
+        let Some(got) = t.parameter.grad() else {
+            found.push(name);
+            continue;
+        };
+        let (got, want) = (flat(&got), flat(&r.get(&format!("lion.grad.{s}.{name}"))));
+        let top = want.iter().fold(0f32, |m, v| m.max(v.abs()));
+        if s == 0 && name.ends_with("lokr_w1") && top == 0.0 {
+            assert!(got.iter().all(|&v| v == 0.0), "{name}: w2 is zero, so its gradient is exactly zero");
+        }
+        for (a, b) in got.iter().zip(&want) {
+            assert!((a - b).abs() <= 1e-4 * top, "{name} at step {s}: {a} against {b}, largest {top}");
+        }
+    }
+    let sorted = |mut names: Vec<&str>| {
+        names.sort_unstable();
+        names.join("\n")
+    };
+    assert_eq!(sorted(found), sorted(without));
+}
+
+/// At least `allowed` of the elements within 1e-6, the rest within 2 lr per step (a sign flipped where an update cancels).
+fn check_weights(r: &Recorded, trained: &[Trained], prefix: &str, s: usize, allowed: f64, lr: f64) {
+    let (mut total, mut far) = (0usize, 0usize);
+    for t in trained {
+        let want = flat(&r.get(&format!("{prefix}.{}", t.parameter.name())));
+        for (a, b) in flat(&t.parameter.tensor()).iter().zip(&want) {
+            total += 1;
+            far += usize::from((a - b).abs() > 1e-6);
+            assert!(f64::from((a - b).abs()) <= 2.0 * lr * (s + 1) as f64, "{prefix} {}: {a} against {b}", t.parameter.name());
+        }
+    }
+    assert!(far as f64 <= (1.0 - allowed) * total as f64, "{prefix}: {far} of {total} elements are off");
+}
+
+#[test]
+fn lion_equals_the_recorded_trajectory() {
+    run(OptimizerKind::Lion, "lion", false, Some(("lion", 0.999)));
+}
+
+/// As sd-scripts uses text_projection. Only losses were recorded.
+#[test]
+fn untransposed_text_projection_gives_sd_scripts_losses() {
+    run(OptimizerKind::Lion, "untransposed", true, None);
+}
+
+/// The recorded run used bitsandbytes' CPU quantizer, which differs from the CUDA rule in 5 to 10 % of the codes, so only
+/// the losses are compared, loosely; the state itself is held against the CUDA rule in the crate `optim`.
+#[test]
+fn lion8bit_follows_the_recorded_losses() {
+    run(OptimizerKind::Lion8bit, "lion8bit", false, None);
+}
