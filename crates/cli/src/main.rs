@@ -13,10 +13,15 @@ use trainer::config::{RunConfig, template};
 use trainer::event::Event;
 use trainer::interrupt::Interrupt;
 use trainer::tools;
-use trainer::train::{Options, Outcome, train};
+use trainer::train::{Options, Outcome, in_pool, train};
 use trainer::{Error, Result};
 
 use args::{Cli, Command, Export, Format, Precision};
+
+/// Training allocates and frees the same large tensors at each step: an allocator that keeps freed memory saves the page faults,
+/// which took half of the time of a step with the system's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Status of a run that a signal stopped, its state saved.
 const INTERRUPTED: u8 = 3;
@@ -56,8 +61,9 @@ fn run_training(args: args::Train) -> Result<ExitCode> {
         set.push(format!("output.resume='{resume}'"));
     }
     let config = RunConfig::load(&args.config, &set)?;
-    let interrupt = Interrupt::listen()
-        .map_err(|e| Error::refused(format!("signals cannot be listened to: {e}"), "this is not expected on this system: please report it"))?;
+    let interrupt = Interrupt::listen().map_err(|e| {
+        Error::refused(format!("signals cannot be listened to: {e}"), "this is not expected on this system: please report it")
+    })?;
     let mut watcher = show::Watcher::default();
     let options = Options { allow_recipe_change: args.allow_recipe_change, interrupt };
     let outcome = train(&config, &options, &mut |event| watcher.event(event))?;
@@ -87,7 +93,7 @@ fn sample(args: args::Sample) -> Result<()> {
         out: args.out,
     };
     let mut watcher = show::Watcher::default();
-    tools::sample(&request, &mut |event| watcher.event(event))
+    in_pool(None, || tools::sample(&request, &mut |event| watcher.event(event)))
 }
 
 fn merged(args: args::Merged) -> Result<()> {
@@ -103,7 +109,7 @@ fn merged(args: args::Merged) -> Result<()> {
         lycoris_scale: args.lycoris_scale,
     };
     let mut watcher = show::Watcher::default();
-    let merged = tools::export_merged(&merge)?;
+    let merged = in_pool(None, || tools::export_merged(&merge))?;
     for key in merged.unmatched.iter().take(10) {
         watcher.event(Event::Warning(format!("the adapter's {key} fits no layer of the base model")));
     }

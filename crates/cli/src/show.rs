@@ -41,7 +41,8 @@ impl Watcher {
     }
 
     fn prepare(&mut self, what: &'static str, done: usize, total: usize) {
-        let style = || ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} {eta} left").unwrap_or_else(|_| ProgressStyle::default_bar());
+        let style =
+            || ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} {eta} left").unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = self.preparing.get_or_insert_with(|| ProgressBar::new(total as u64).with_style(style()).with_message(what));
         bar.set_position(done as u64);
         if done >= total {

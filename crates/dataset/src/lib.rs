@@ -21,6 +21,7 @@ pub mod config;
 mod dataset;
 mod error;
 pub mod image;
+pub mod index;
 mod latents;
 mod loader;
 mod plan;

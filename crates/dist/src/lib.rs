@@ -37,6 +37,6 @@ mod worker;
 pub use env::{Launcher, World};
 pub use error::{Error, Result};
 pub use failure::{Difference, Failure, Peer, Refusal, Silence};
-pub use group::{Handle, Options, ProcessGroup, Wait};
+pub use group::{Handle, OnWait, Options, ProcessGroup, Wait};
 pub use operation::Operation;
 pub use tcp::TcpGroup;

@@ -16,6 +16,8 @@ use crate::wire::MAGIC;
 pub(crate) const SMALL: u64 = 4096;
 /// How soon a blocked read or write looks whether the group still stands.
 const SLICE: Duration = Duration::from_millis(50);
+/// Numbers that are turned into bytes and back at a time: they stay in the cache.
+const BLOCK: usize = 32 << 10;
 /// For a connection to a socket that is known to listen.
 const CONNECT: Duration = Duration::from_secs(10);
 
@@ -84,43 +86,42 @@ impl Mesh {
         let (elements, n) = (values.len(), self.peers.len());
         let stretch = |owner| stretch(elements, n, owner);
         let mine = stretch(self.rank);
-        let parts = self.swap(&|peer| to_bytes(&values[stretch(peer)]), &|_| 4 * mine.len(), patience, alive)?;
+        let parts = self.swap(&|peer| &values[stretch(peer)], &|_| mine.len(), patience, alive)?;
         let mut total = vec![0.0; mine.len()];
         for (rank, part) in parts.iter().enumerate() {
             let add = |total: &mut [f32], part: &[f32]| match rank {
                 0 => total.copy_from_slice(part),
                 _ => total.iter_mut().zip(part).for_each(|(total, value)| *total += value),
             };
-            if rank == self.rank { add(&mut total, &values[mine.clone()]) } else { add(&mut total, &from_bytes(part)) }
+            add(&mut total, if rank == self.rank { &values[mine.clone()] } else { part });
         }
-        let bytes = to_bytes(&total);
-        let parts = self.swap(&|_| bytes.clone(), &|peer| 4 * stretch(peer).len(), patience, alive)?;
+        let parts = self.swap(&|_| &total, &|peer| stretch(peer).len(), patience, alive)?;
         values[mine].copy_from_slice(&total);
         for (rank, part) in parts.iter().enumerate().filter(|&(rank, _)| rank != self.rank) {
-            values[stretch(rank)].copy_from_slice(&from_bytes(part));
+            values[stretch(rank)].copy_from_slice(part);
         }
         Ok(())
     }
 
-    /// Sends `outgoing(p)` to and receives `incoming(p)` bytes from each other rank p. In round k a rank sends to the
+    /// Sends `outgoing(p)` to and receives `incoming(p)` numbers from each other rank p. In round k a rank sends to the
     /// one k places on and receives from the one k places back, so that nobody waits for a rank that is not sending
     /// to it; sending has its own thread, so that full buffers on both sides cannot block both.
-    fn swap(
+    fn swap<'a>(
         &self,
-        outgoing: &(dyn Fn(usize) -> Vec<u8> + Sync),
+        outgoing: &(dyn Fn(usize) -> &'a [f32] + Sync),
         incoming: &dyn Fn(usize) -> usize,
         patience: Duration,
         alive: &mut dyn FnMut() -> bool,
-    ) -> Result<Vec<Vec<u8>>, Broken> {
+    ) -> Result<Vec<Vec<f32>>, Broken> {
         let n = self.peers.len();
         let stop = AtomicBool::new(false);
-        let mut parts: Vec<Vec<u8>> = vec![Vec::new(); n];
+        let mut parts: Vec<Vec<f32>> = vec![Vec::new(); n];
         std::thread::scope(|scope| {
             let writer = scope.spawn(|| {
                 (1..n).try_for_each(|round| {
                     let peer = (self.rank + round) % n;
                     let ok = || !stop.load(Ordering::Relaxed);
-                    self.write(peer, &outgoing(peer), patience, &ok)
+                    self.write(peer, outgoing(peer), patience, &ok)
                 })
             });
             let mut read = || {
@@ -145,36 +146,44 @@ impl Mesh {
         Ok(parts)
     }
 
-    fn read(&self, peer: usize, length: usize, patience: Duration, alive: &mut dyn FnMut() -> bool) -> Result<Vec<u8>, Broken> {
+    fn read(&self, peer: usize, length: usize, patience: Duration, alive: &mut dyn FnMut() -> bool) -> Result<Vec<f32>, Broken> {
         let Some(mut stream) = self.peers[peer].as_ref() else { return Ok(Vec::new()) };
-        let mut bytes = vec![0; length];
-        let mut done = 0;
+        let mut values = Vec::with_capacity(length);
+        let mut block = vec![0; 4 * BLOCK.min(length)];
         let mut last = Instant::now();
-        while done < length {
-            match stream.read(&mut bytes[done..]) {
-                Ok(0) => return Err(Broken::Closed(peer)),
-                Ok(count) => (done, last) = (done + count, Instant::now()),
-                Err(error) => pause(&error, peer, last, patience)?,
+        while values.len() < length {
+            let bytes = 4 * BLOCK.min(length - values.len());
+            let mut done = 0;
+            while done < bytes {
+                match stream.read(&mut block[done..bytes]) {
+                    Ok(0) => return Err(Broken::Closed(peer)),
+                    Ok(count) => (done, last) = (done + count, Instant::now()),
+                    Err(error) => pause(&error, peer, last, patience)?,
+                }
+                if !alive() {
+                    return Err(Broken::Told);
+                }
             }
-            if !alive() {
-                return Err(Broken::Told);
-            }
+            values.extend(block[..bytes].chunks_exact(4).map(number));
         }
-        Ok(bytes)
+        Ok(values)
     }
 
-    fn write(&self, peer: usize, bytes: &[u8], patience: Duration, alive: &dyn Fn() -> bool) -> Result<(), Broken> {
+    fn write(&self, peer: usize, values: &[f32], patience: Duration, alive: &dyn Fn() -> bool) -> Result<(), Broken> {
         let Some(mut stream) = self.peers[peer].as_ref() else { return Ok(()) };
-        let mut done = 0;
         let mut last = Instant::now();
-        while done < bytes.len() {
-            match stream.write(&bytes[done..]) {
-                Ok(0) => return Err(Broken::Closed(peer)),
-                Ok(count) => (done, last) = (done + count, Instant::now()),
-                Err(error) => pause(&error, peer, last, patience)?,
-            }
-            if !alive() {
-                return Err(Broken::Told);
+        for block in values.chunks(BLOCK) {
+            let bytes = to_bytes(block);
+            let mut done = 0;
+            while done < bytes.len() {
+                match stream.write(&bytes[done..]) {
+                    Ok(0) => return Err(Broken::Closed(peer)),
+                    Ok(count) => (done, last) = (done + count, Instant::now()),
+                    Err(error) => pause(&error, peer, last, patience)?,
+                }
+                if !alive() {
+                    return Err(Broken::Told);
+                }
             }
         }
         Ok(())
@@ -228,7 +237,11 @@ pub(crate) fn to_bytes(values: &[f32]) -> Vec<u8> {
 
 /// The values whose little-endian bytes these are.
 pub(crate) fn from_bytes(bytes: &[u8]) -> Vec<f32> {
-    bytes.chunks_exact(4).map(|four| f32::from_le_bytes(four.try_into().expect("chunks of 4"))).collect()
+    bytes.chunks_exact(4).map(number).collect()
+}
+
+fn number(bytes: &[u8]) -> f32 {
+    f32::from_le_bytes(bytes.try_into().expect("chunks of 4"))
 }
 
 #[cfg(test)]

@@ -8,9 +8,10 @@
 //! The low-rank and tucker forms are not known here: `module.rs` builds w1 and w2 from their tensors on the tape. A form
 //! that a reader can check against the formula is `reference.rs`.
 
-use crate::kernel::{Layer, kron, merge, mix, mix_grad};
+use crate::kernel::{Layer, kron, merge};
 use candle_core::{DType, Result, Tensor};
 use ops::Value;
+use ops::kernel::{mix, mix_grad};
 
 /// How the forward pass and the input gradient are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 //!
 //! Letters: w1 is (a, b), w2 is (c, d) or (c, d, kh, kw); g is a or b, whichever the tensor at hand is grouped by.
 
-use candle_core::{CpuStorage, D, DType, Result, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
@@ -41,7 +41,7 @@ impl Layer {
     pub(crate) fn weight_grad(self, x: &Tensor, dy: &Tensor, dims: &[usize]) -> Result<Tensor> {
         match (self, dims) {
             (Self::Conv2d { stride, padding }, &[.., kh, kw]) => ops::kernel::conv2d_weight_grad(x, dy, (kh, kw), stride, padding),
-            _ => dy.t()?.matmul(x),
+            _ => ops::kernel::product(&dy.contiguous()?, true, &x.contiguous()?, false),
         }
     }
 
@@ -77,18 +77,6 @@ impl Layer {
     pub(crate) fn grouped(self, x: &Tensor, samples: usize, groups: usize) -> Result<Tensor> {
         x.contiguous()?.reshape((samples, groups, x.elem_count() / (samples * groups).max(1)))
     }
-}
-
-/// `y_i = sum_j w (p, q)[i, j] x_j` over the groups of `x (n, q, rest)`: (n, p, rest).
-pub(crate) fn mix(w: &Tensor, x: &Tensor) -> Result<Tensor> {
-    let n = x.dim(0)?;
-    let (p, q) = w.dims2()?;
-    w.contiguous()?.reshape((1, p, q))?.broadcast_as((n, p, q))?.matmul(x)
-}
-
-/// `sum over n of y (n, p, rest) x (n, q, rest)^T`, added up in f32: (p, q).
-pub(crate) fn mix_grad(y: &Tensor, x: &Tensor) -> Result<Tensor> {
-    y.matmul(&x.transpose(D::Minus2, D::Minus1)?)?.to_dtype(DType::F32)?.sum(0)
 }
 
 /// `kron(w1, w2)` in the shape of the layer's weight. Row i of w1 and p of w2 give row i*c + p; column j and q give j*d + q

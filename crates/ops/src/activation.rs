@@ -3,7 +3,7 @@
 use crate::basic::CHUNK;
 use crate::math::{erf, exp, sigmoid, simd};
 use crate::tape::{Value, custom};
-use crate::view::{F32, fast, tensor};
+use crate::view::{F32, fast, grain, tensor};
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
@@ -156,7 +156,7 @@ pub fn geglu(x: &Value) -> Result<Value> {
     let out = if fast(&t) {
         let xv = F32::new(&t)?;
         let mut out = vec![0f32; xv.len() / 2];
-        out.par_chunks_mut(d).zip(xv.par_chunks(2 * d)).for_each(|(o, x)| {
+        out.par_chunks_mut(d).zip(xv.par_chunks(2 * d)).with_min_len(grain(16 * d)).for_each(|(o, x)| {
             let (h, gate) = x.split_at(d);
             simd(
                 #[inline(always)]
@@ -177,19 +177,21 @@ pub fn geglu(x: &Value) -> Result<Value> {
             let dy = dy.contiguous()?;
             let (xv, dyv) = (F32::new(&t)?, F32::new(&dy)?);
             let mut dx = vec![0f32; xv.len()];
-            dx.par_chunks_mut(2 * d).zip(xv.par_chunks(2 * d)).zip(dyv.par_chunks(d)).for_each(|((dx, x), dy)| {
-                let (h, gate) = x.split_at(d);
-                let (dh, dgate) = dx.split_at_mut(d);
-                simd(
-                    #[inline(always)]
-                    || {
-                        for i in 0..d {
-                            dh[i] = dy[i] * gelu_f(gate[i]);
-                            dgate[i] = dy[i] * h[i] * gelu_df(gate[i]);
-                        }
-                    },
-                )
-            });
+            dx.par_chunks_mut(2 * d).zip(xv.par_chunks(2 * d)).zip(dyv.par_chunks(d)).with_min_len(grain(24 * d)).for_each(
+                |((dx, x), dy)| {
+                    let (h, gate) = x.split_at(d);
+                    let (dh, dgate) = dx.split_at_mut(d);
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for i in 0..d {
+                                dh[i] = dy[i] * gelu_f(gate[i]);
+                                dgate[i] = dy[i] * h[i] * gelu_df(gate[i]);
+                            }
+                        },
+                    )
+                },
+            );
             return Ok(vec![Some(tensor(dx, t.dims())?)]);
         }
         let (h, gate) = (t.narrow(D::Minus1, 0, d)?, t.narrow(D::Minus1, d, d)?);

@@ -4,7 +4,7 @@
 use crate::gemm::{Dst, Mat, Threads, gemm_into};
 use crate::math::{exp, simd};
 use crate::tape::{Value, custom};
-use crate::view::{F32, SharedMut, fast, tensor};
+use crate::view::{F32, SharedMut, fast, grain, tensor};
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
@@ -117,7 +117,8 @@ fn forward(q: &[f32], k: &[f32], v: &[f32], s: Sizes) -> (Vec<f32>, Vec<f32>) {
     let mut lse = vec![0f32; s.n * s.heads * s.tq];
     let (out_at, lse_at) = (SharedMut::new(&mut out), SharedMut::new(&mut lse));
     let chunks = s.tq.div_ceil(QUERIES);
-    (0..s.n * s.heads * chunks).into_par_iter().for_each_init(
+    let work = QUERIES.min(s.tq) * s.tk * (s.d / 4 + 4);
+    (0..s.n * s.heads * chunks).into_par_iter().with_min_len(grain(work)).for_each_init(
         || vec![0f32; QUERIES * s.tk],
         |scores, task| {
             let (bh, chunk) = (task / chunks, task % chunks);
@@ -159,7 +160,8 @@ fn forward(q: &[f32], k: &[f32], v: &[f32], s: Sizes) -> (Vec<f32>, Vec<f32>) {
 fn backward(q: &[f32], k: &[f32], v: &[f32], out: &[f32], dy: &[f32], lse: &[f32], s: Sizes) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let (mut dq, mut dk, mut dv) = (vec![0f32; q.len()], vec![0f32; k.len()], vec![0f32; v.len()]);
     let (dq_at, dk_at, dv_at) = (SharedMut::new(&mut dq), SharedMut::new(&mut dk), SharedMut::new(&mut dv));
-    (0..s.n * s.heads).into_par_iter().for_each_init(
+    let work = s.tq * s.tk * (s.d / 2 + 8);
+    (0..s.n * s.heads).into_par_iter().with_min_len(grain(work)).for_each_init(
         || (vec![0f32; QUERIES * s.tk], vec![0f32; QUERIES * s.tk]),
         |(p, ds), bh| {
             let (b, h) = (bh / s.heads, bh % s.heads);
@@ -244,7 +246,9 @@ mod tests {
 
     #[test]
     fn chunked_attention_equals_the_plain_form() -> Result<()> {
-        for (n, heads, tq, tk, d, causal) in [(2, 3, 150, 77, 8, false), (1, 2, 77, 77, 16, true), (2, 1, 130, 130, 8, true), (1, 1, 1, 5, 4, false)] {
+        for (n, heads, tq, tk, d, causal) in
+            [(2, 3, 150, 77, 8, false), (1, 2, 77, 77, 16, true), (2, 1, 130, 130, 8, true), (1, 1, 1, 5, 4, false)]
+        {
             let make = |t: usize, name: &str| -> Result<Parameter> {
                 Ok(Parameter::new(name, Tensor::randn(0f32, 1.5, (n, t, heads * d), &Device::Cpu)?))
             };

@@ -1,7 +1,8 @@
 //! Shapes, sums and gathers: ops whose backward is as plain as their forward.
 
+use crate::gemm::{Mat, gemm};
 use crate::tape::{Value, custom};
-use crate::view::{F32, fast, tensor};
+use crate::view::{F32, fast, grain, tensor};
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
@@ -53,21 +54,42 @@ pub fn mul_scalar(x: &Value, s: f64) -> Result<Value> {
     Ok(custom("mul_scalar", &[x], out, move |dy| Ok(vec![Some((dy * s)?)])))
 }
 
-/// Matrix product `(.., m, k) (.., k, n)` with equal leading dimensions, both differentiable. For small factors; large
-/// frozen weights go through [`crate::linear`].
+/// Matrix product `(m, k) (k, n)`, both differentiable. For small factors; large frozen weights go through
+/// [`crate::linear`].
 ///
 /// # Errors
 /// If shapes or types do not fit.
 pub fn matmul(x: &Value, y: &Value) -> Result<Value> {
     let (a, b) = (x.tensor().contiguous()?, y.tensor().contiguous()?);
-    let out = a.matmul(&b)?;
+    let out = product(&a, false, &b, false)?;
     let (need_a, need_b) = (x.requires_grad(), y.requires_grad());
     Ok(custom("matmul", &[x, y], out, move |dy| {
         let dy = dy.contiguous()?;
-        let da = if need_a { Some(dy.matmul(&b.transpose(D::Minus2, D::Minus1)?.contiguous()?)?) } else { None };
-        let db = if need_b { Some(a.transpose(D::Minus2, D::Minus1)?.contiguous()?.matmul(&dy)?) } else { None };
+        let da = if need_a { Some(product(&dy, false, &b, true)?) } else { None };
+        let db = if need_b { Some(product(&a, true, &dy, false)?) } else { None };
         Ok(vec![da, db])
     }))
+}
+
+/// `a b` of two contiguous matrices, either transposed first if asked.
+///
+/// # Errors
+/// If shapes or types do not fit.
+pub fn product(a: &Tensor, a_t: bool, b: &Tensor, b_t: bool) -> Result<Tensor> {
+    if !fast(a) || !fast(b) {
+        let turn = |t: &Tensor, turned: bool| if turned { t.t()?.contiguous() } else { Ok(t.clone()) };
+        return turn(a, a_t)?.matmul(&turn(b, b_t)?);
+    }
+    let ((ar, ac), (br, bc)) = (a.dims2()?, b.dims2()?);
+    let ((m, k), (k2, n)) = (if a_t { (ac, ar) } else { (ar, ac) }, if b_t { (bc, br) } else { (br, bc) });
+    if k != k2 {
+        candle_core::bail!("product of {:?} and {:?}, transposed {a_t} and {b_t}", a.dims(), b.dims());
+    }
+    let (av, bv) = (F32::new(a)?, F32::new(b)?);
+    let (am, bm) = (Mat::rows(&av, ac), Mat::rows(&bv, bc));
+    let mut out = vec![0f32; m * n];
+    gemm(m, n, k, &mut out, false, if a_t { am.t() } else { am }, if b_t { bm.t() } else { bm });
+    tensor(out, (m, n))
 }
 
 /// The same elements in another shape.
@@ -153,7 +175,7 @@ pub fn upsample_nearest(x: &Value, size: (usize, usize)) -> Result<Value> {
         let x = x.tensor().contiguous()?;
         let xv = F32::new(&x)?;
         let mut out = vec![0f32; n * c * oh * ow];
-        out.par_chunks_mut((oh * ow).max(1)).zip(xv.par_chunks((h * w).max(1))).for_each(|(o, x)| {
+        out.par_chunks_mut((oh * ow).max(1)).zip(xv.par_chunks((h * w).max(1))).with_min_len(grain(oh * ow)).for_each(|(o, x)| {
             for (i, row) in o.chunks_exact_mut(ow).enumerate() {
                 let from = &x[rows[i] as usize * w..][..w];
                 for (o, &j) in row.iter_mut().zip(&cols) {
@@ -171,7 +193,7 @@ pub fn upsample_nearest(x: &Value, size: (usize, usize)) -> Result<Value> {
             let dy = dy.contiguous()?;
             let dyv = F32::new(&dy)?;
             let mut dx = vec![0f32; n * c * h * w];
-            dx.par_chunks_mut((h * w).max(1)).zip(dyv.par_chunks((oh * ow).max(1))).for_each(|(dx, dy)| {
+            dx.par_chunks_mut((h * w).max(1)).zip(dyv.par_chunks((oh * ow).max(1))).with_min_len(grain(oh * ow)).for_each(|(dx, dy)| {
                 for (i, row) in dy.chunks_exact(ow).enumerate() {
                     let to = &mut dx[rows[i] as usize * w..][..w];
                     for (g, &j) in row.iter().zip(&cols) {

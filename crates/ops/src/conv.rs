@@ -4,7 +4,7 @@
 use crate::gemm::{Dst, Mat, Threads, gemm, gemm_into};
 use crate::linear::widen;
 use crate::tape::{Value, custom};
-use crate::view::{F32, SharedMut, fast, tensor};
+use crate::view::{F32, SharedMut, fast, grain, tensor};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
@@ -119,7 +119,7 @@ pub fn conv2d_forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride
     let mut y = vec![0f32; g.n * o * g.pixels()];
     if let Some(b) = &bias {
         let b = F32::new(b)?;
-        y.par_chunks_mut(g.pixels().max(1)).enumerate().for_each(|(i, plane)| plane.fill(b[i % o]));
+        y.par_chunks_mut(g.pixels().max(1)).enumerate().with_min_len(grain(g.pixels())).for_each(|(i, plane)| plane.fill(b[i % o]));
     }
     convolve(&xv, &wv, o, g, &mut y, bias.is_some());
     tensor(y, (g.n, o, g.oh, g.ow))
@@ -133,7 +133,8 @@ fn convolve(x: &[f32], weight: &[f32], o: usize, g: Geometry, y: &mut [f32], add
         return gemm(o, pixels, depth, y, add, w, Mat::rows(x, pixels));
     }
     let out = SharedMut::new(y);
-    (0..g.n * tiles).into_par_iter().for_each_init(Vec::new, |patches: &mut Vec<f32>, task| {
+    let work = depth * pixels.min(TILE) * (o / 16 + 1);
+    (0..g.n * tiles).into_par_iter().with_min_len(grain(work)).for_each_init(Vec::new, |patches: &mut Vec<f32>, task| {
         let (i, from) = (task / tiles, task % tiles * TILE);
         let len = TILE.min(pixels - from);
         let x = &x[i * image..(i + 1) * image];
@@ -174,11 +175,11 @@ pub fn conv2d_input_grad(dy: &Tensor, weight: &Tensor, size: (usize, usize), str
         let (mut shape, mut flat) = (t.dims().to_vec(), t.dims().to_vec());
         shape.insert(dim + 1, 1);
         flat[dim] = len * stride;
-        t.reshape(shape)?.pad_with_zeros(dim + 1, 0, stride - 1)?.reshape(flat)?.narrow(dim, 0, (len - 1) * stride + 1)?.pad_with_zeros(
-            dim,
-            0,
-            rest,
-        )
+        t.reshape(shape)?
+            .pad_with_zeros(dim + 1, 0, stride - 1)?
+            .reshape(flat)?
+            .narrow(dim, 0, (len - 1) * stride + 1)?
+            .pad_with_zeros(dim, 0, rest)
     };
     let wide = spread(&spread(&dy.contiguous()?, 2, oh, ry)?, 3, ow, rx)?;
     debug_assert_eq!(wide.dims()[0], n);
@@ -200,7 +201,7 @@ fn flip(weight: &Tensor) -> Result<Tensor> {
     let w = F32::new(weight)?;
     let taps = kh * kw;
     let mut out = vec![0f32; w.len()];
-    out.par_chunks_mut((o * taps).max(1)).enumerate().for_each(|(ci, row)| {
+    out.par_chunks_mut((o * taps).max(1)).enumerate().with_min_len(grain(o * taps)).for_each(|(ci, row)| {
         for (oi, to) in row.chunks_exact_mut(taps).enumerate() {
             let from = &w[(oi * c + ci) * taps..][..taps];
             for (t, f) in to.iter_mut().zip(from.iter().rev()) {
@@ -237,6 +238,7 @@ pub fn conv2d_weight_grad(x: &Tensor, dy: &Tensor, kernel: (usize, usize), strid
     let shares = tasks.min(4);
     let partial: Vec<Vec<f32>> = (0..shares)
         .into_par_iter()
+        .with_min_len(grain(tasks / shares.max(1) * depth * pixels.min(TILE) * (o / 16 + 1)))
         .map(|share| {
             let mut sum = vec![0f32; o * depth];
             let mut patches = Vec::new();

@@ -55,9 +55,11 @@ pub(crate) unsafe fn gemm_into(m: usize, n: usize, k: usize, dst: Dst, add: bool
     a.check(m, k);
     b.check(k, n);
     let ptr = dst.data.ptr(dst.offset, (m - 1) * dst.rs + (n - 1) * dst.cs + 1);
+    // Below this many multiply-adds, waking another thread costs more than it gives.
+    let small = m * n * k < 1 << 19;
     let parallelism = match threads {
-        Threads::One => Parallelism::None,
-        Threads::All => Parallelism::Rayon(0),
+        Threads::All if !small => Parallelism::Rayon(0),
+        _ => Parallelism::None,
     };
     // SAFETY: all three operands lie inside their slices by the checks above; `dst` is exclusive by the caller's promise
     // and cannot overlap `a` or `b`, which are shared borrows.

@@ -20,6 +20,7 @@ mod conv;
 mod gemm;
 mod linear;
 mod math;
+mod mix;
 mod norm;
 mod tape;
 mod view;
@@ -37,6 +38,8 @@ pub use view::F32;
 
 /// Plain functions on tensors, for ops that are written by hand elsewhere (the adapter's).
 pub mod kernel {
+    pub use crate::basic::product;
     pub use crate::conv::{conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
     pub use crate::linear::{linear_forward, linear_input_grad};
+    pub use crate::mix::{mix, mix_grad};
 }

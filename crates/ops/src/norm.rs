@@ -4,7 +4,7 @@
 use crate::activation::{silu, silu_df};
 use crate::math::{sigmoid, simd};
 use crate::tape::{Value, custom};
-use crate::view::{F32, SharedMut, fast, tensor};
+use crate::view::{F32, SharedMut, fast, grain, tensor};
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
@@ -78,30 +78,33 @@ pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f
         let (xv, wv, bv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&b_t)?);
         let mut out = vec![0f32; xv.len()];
         let size = (per * plane).max(1);
-        out.par_chunks_mut(size).zip(xv.par_chunks(size)).zip(stats.par_iter_mut()).enumerate().for_each(|(i, ((o, x), st))| {
-            simd(
-                #[inline(always)]
-                || {
-                    let (mean, rstd) = mean_rstd(x, eps);
-                    *st = (mean, rstd);
-                    let first = i % groups * per;
-                    for (k, (o, x)) in o.chunks_exact_mut(plane).zip(x.chunks_exact(plane)).enumerate() {
-                        let scale = wv[first + k] * rstd;
-                        let shift = bv[first + k] - mean * scale;
-                        if with_silu {
-                            for (o, x) in o.iter_mut().zip(x) {
-                                let z = x * scale + shift;
-                                *o = z * sigmoid(z);
-                            }
-                        } else {
-                            for (o, x) in o.iter_mut().zip(x) {
-                                *o = x * scale + shift;
+        let grain = grain(8 * size);
+        out.par_chunks_mut(size).zip(xv.par_chunks(size)).zip(stats.par_iter_mut()).enumerate().with_min_len(grain).for_each(
+            |(i, ((o, x), st))| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        let (mean, rstd) = mean_rstd(x, eps);
+                        *st = (mean, rstd);
+                        let first = i % groups * per;
+                        for (k, (o, x)) in o.chunks_exact_mut(plane).zip(x.chunks_exact(plane)).enumerate() {
+                            let scale = wv[first + k] * rstd;
+                            let shift = bv[first + k] - mean * scale;
+                            if with_silu {
+                                for (o, x) in o.iter_mut().zip(x) {
+                                    let z = x * scale + shift;
+                                    *o = z * sigmoid(z);
+                                }
+                            } else {
+                                for (o, x) in o.iter_mut().zip(x) {
+                                    *o = x * scale + shift;
+                                }
                             }
                         }
-                    }
-                },
-            )
-        });
+                    },
+                )
+            },
+        );
         tensor(out, dims.as_slice())?
     };
     let (need_x, need_w, need_b) = (x.requires_grad(), weight.requires_grad(), bias.requires_grad());
@@ -113,7 +116,7 @@ pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f
         let mut sums = vec![(0f32, 0f32); n * c];
         let size = per * plane;
         let dx_at = SharedMut::new(&mut dx);
-        sums.par_chunks_mut(per).enumerate().for_each(|(i, sums)| {
+        sums.par_chunks_mut(per).enumerate().with_min_len(grain(12 * size)).for_each(|(i, sums)| {
             let (mean, rstd) = stats[i];
             let first = i % groups * per;
             let x = &xv[i * size..][..size];
@@ -236,20 +239,23 @@ pub fn layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<V
     let out = {
         let (xv, wv, bv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&b_t)?);
         let mut out = vec![0f32; xv.len()];
-        out.par_chunks_mut(ROWS * d).zip(xv.par_chunks(ROWS * d)).zip(stats.par_chunks_mut(ROWS)).for_each(|((o, x), st)| {
-            simd(
-                #[inline(always)]
-                || {
-                    for ((o, x), st) in o.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(st) {
-                        let (mean, rstd) = mean_rstd(x, eps);
-                        *st = (mean, rstd);
-                        for i in 0..d {
-                            o[i] = (x[i] - mean) * rstd * wv[i] + bv[i];
+        let grain = grain(4 * ROWS * d);
+        out.par_chunks_mut(ROWS * d).zip(xv.par_chunks(ROWS * d)).zip(stats.par_chunks_mut(ROWS)).with_min_len(grain).for_each(
+            |((o, x), st)| {
+                simd(
+                    #[inline(always)]
+                    || {
+                        for ((o, x), st) in o.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(st) {
+                            let (mean, rstd) = mean_rstd(x, eps);
+                            *st = (mean, rstd);
+                            for i in 0..d {
+                                o[i] = (x[i] - mean) * rstd * wv[i] + bv[i];
+                            }
                         }
-                    }
-                },
-            )
-        });
+                    },
+                )
+            },
+        );
         tensor(out, x_t.dims())?
     };
     let (need_x, need_w, need_b) = (x.requires_grad(), weight.requires_grad(), bias.requires_grad());
@@ -264,14 +270,14 @@ pub fn layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<V
             .zip(xv.par_chunks(ROWS * d))
             .zip(dyv.par_chunks(ROWS * d))
             .zip(stats.par_chunks(ROWS))
+            .with_min_len(grain(8 * ROWS * d))
             .map(|(((dx, x), dy), st)| {
                 simd(
                     #[inline(always)]
                     || {
                         let mut share = if trained { (vec![0f32; d], vec![0f32; d]) } else { (vec![], vec![]) };
                         let mut dxhat = vec![0f32; d];
-                        for (((dx, x), dy), &(mean, rstd)) in
-                            dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)).zip(st)
+                        for (((dx, x), dy), &(mean, rstd)) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)).zip(st)
                         {
                             for i in 0..d {
                                 dxhat[i] = dy[i] * wv[i];

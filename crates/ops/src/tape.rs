@@ -16,7 +16,11 @@ enum Kind {
     Parameter(Parameter),
     /// A fresh leaf of a recomputed segment: its gradient is handed to the caller.
     Leaf(Arc<Mutex<Option<Tensor>>>),
-    Op { name: &'static str, inputs: Vec<Option<Arc<Node>>>, backward: Mutex<Option<BackwardFn>> },
+    Op {
+        name: &'static str,
+        inputs: Vec<Option<Arc<Node>>>,
+        backward: Mutex<Option<BackwardFn>>,
+    },
 }
 
 struct Node {

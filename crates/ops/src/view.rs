@@ -41,6 +41,11 @@ impl Deref for F32<'_> {
     }
 }
 
+/// How many items of `work` elementary operations each make a task that is worth handing to another thread.
+pub(crate) fn grain(work: usize) -> usize {
+    (1 << 15) / work.max(1) + 1
+}
+
 /// A CPU tensor that takes over `data`.
 pub(crate) fn tensor(data: Vec<f32>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
     Tensor::from_vec(data, shape, &Device::Cpu)

@@ -82,7 +82,9 @@ fn start_from(network: &LokrNetwork, model: &Sdxl, path: &Path) -> Result<()> {
     for (_, parameter) in network.parameters() {
         match values.get(parameter.name()) {
             Some(value) if value.dims() == parameter.tensor().dims() => parameter.set(value.clone())?,
-            Some(value) => wrong.push(format!("{}: {:?} in the file, {:?} here", parameter.name(), value.dims(), parameter.tensor().dims())),
+            Some(value) => {
+                wrong.push(format!("{}: {:?} in the file, {:?} here", parameter.name(), value.dims(), parameter.tensor().dims()))
+            }
             None => wrong.push(format!("{}: not in the file", parameter.name())),
         }
     }
@@ -91,7 +93,12 @@ fn start_from(network: &LokrNetwork, model: &Sdxl, path: &Path) -> Result<()> {
     }
     let shown: Vec<String> = wrong.iter().take(10).map(|w| format!("\n  {w}")).collect();
     Err(Error::refused(
-        format!("network.weights = \"{}\" does not fit the adapter of the recipe, in {} tensors:{}", path.display(), wrong.len(), shown.concat()),
+        format!(
+            "network.weights = \"{}\" does not fit the adapter of the recipe, in {} tensors:{}",
+            path.display(),
+            wrong.len(),
+            shown.concat()
+        ),
         "take the preset, factor and dim that the file was trained with (`lokr inspect` shows them), or leave network.weights out",
     ))
 }

@@ -52,4 +52,4 @@ pub enum Event {
 }
 
 /// Where events go.
-pub type Observer<'a> = dyn FnMut(Event) + 'a;
+pub type Observer<'a> = dyn FnMut(Event) + Send + 'a;

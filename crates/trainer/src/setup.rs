@@ -49,10 +49,6 @@ pub fn build(config: &RunConfig, observe: &mut Observer) -> Result<Parts> {
     for problem in config.warnings() {
         observe(Event::Warning(format!("{problem}; {}", problem.way_out)));
     }
-    if let Some(threads) = config.train.threads {
-        // A pool that exists already stays: the first run of a process decides.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    }
     let (dataset, report) = Dataset::open(&config.dataset)?;
     observe(Event::Note(report.to_string().trim_end().to_string()));
 

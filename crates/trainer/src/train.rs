@@ -43,6 +43,21 @@ pub enum Outcome {
 /// # Errors
 /// Anything that keeps the run from starting or going on. What is saved by then stays good.
 pub fn train(config: &RunConfig, options: &Options, observe: &mut Observer) -> Result<Outcome> {
+    in_pool(config.train.threads, || train_in_pool(config, options, observe))
+}
+
+/// Runs `work` on a thread of a pool of its own. Parallel loops that start on a thread of the pool need not wake the
+/// caller at their end; started from outside, each of the many small ones would cost two changes of threads.
+///
+/// # Errors
+/// What `work` returns, or that the threads cannot be started.
+pub fn in_pool<T: Send>(threads: Option<usize>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build();
+    let pool = pool.map_err(|e| Error::refused(format!("the computing threads cannot be started: {e}"), "set train.threads lower"))?;
+    pool.install(work)
+}
+
+fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) -> Result<Outcome> {
     let run = config.output.dir.clone();
     storage::create_dir_all(&run)?;
     let _lock = storage::Lock::acquire(&run.join("run.lock"))?;

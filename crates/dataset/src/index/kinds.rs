@@ -85,15 +85,8 @@ pub enum FileFormat {
 }
 
 impl FileFormat {
-    const ALL: [FileFormat; 7] = [
-        FileFormat::Other,
-        FileFormat::Png,
-        FileFormat::Jpeg,
-        FileFormat::WebP,
-        FileFormat::Bmp,
-        FileFormat::Gif,
-        FileFormat::Avif,
-    ];
+    const ALL: [FileFormat; 7] =
+        [FileFormat::Other, FileFormat::Png, FileFormat::Jpeg, FileFormat::WebP, FileFormat::Bmp, FileFormat::Gif, FileFormat::Avif];
 
     pub(crate) fn from_number(number: i64) -> Self {
         usize::try_from(number).ok().and_then(|i| Self::ALL.get(i)).copied().unwrap_or(FileFormat::Other)

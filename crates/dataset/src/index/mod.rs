@@ -12,8 +12,9 @@ mod head;
 mod kinds;
 mod posts;
 mod read;
-mod schema;
+mod relations;
 mod scan;
+mod schema;
 mod sd_scripts;
 mod sources;
 mod tags;
@@ -26,5 +27,6 @@ pub use kinds::{FileFormat, Rating, State, TagClass};
 pub use read::{Index, Place, PostInfo, Row, Summary};
 pub use sources::Source;
 pub use tags::TagTable;
+pub use writer::Changes;
 
 pub(crate) use tags::numbers;

@@ -109,8 +109,12 @@ pub struct Summary {
     pub tags: usize,
 }
 
-/// The columns of `image` in the order that [`row_of`] reads them.
-const COLUMNS: &str = "id, state, format, width, height, rating, score, fav_count, date, flags";
+/// The columns of `image` in the order that [`row_of`] reads them, and which rows.
+macro_rules! select {
+    ($rows:literal) => {
+        concat!("SELECT id, state, format, width, height, rating, score, fav_count, date, flags FROM image ", $rows)
+    };
+}
 
 fn row_of(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
     let flags: i64 = row.get(9)?;
@@ -157,8 +161,8 @@ impl Index {
         &self.path
     }
 
-    /// A hash (blake3, hex) of every image's row, place, tags and caption, kept in the index since its build. Paths do not
-    /// enter, names of files do: the same images under another folder have the same hash.
+    /// A hash (blake3, hex) of every image's row, tags and caption, kept in the index since its build. Places do not enter:
+    /// the same images under another folder, or in other shards, have the same hash.
     ///
     /// # Errors
     /// [`Error::Sqlite`].
@@ -197,10 +201,10 @@ impl Index {
     /// # Errors
     /// [`Error::Sqlite`].
     pub fn scan<T: Send>(&self, take: impl Fn(Row) -> Option<T> + Sync) -> Result<Vec<T>> {
-        let sql = format!("SELECT {COLUMNS} FROM image WHERE id >= ?1 AND id < ?2 ORDER BY id");
+        const SQL: &str = select!("WHERE id >= ?1 AND id < ?2 ORDER BY id");
         self.in_parts("image", |connection, from, to| {
             let mut taken = Vec::new();
-            let mut statement = connection.prepare_cached(&sql)?;
+            let mut statement = connection.prepare_cached(SQL)?;
             let mut rows = statement.query([from, to])?;
             while let Some(row) = rows.next()? {
                 taken.extend(take(row_of(row)?));
@@ -216,7 +220,8 @@ impl Index {
     pub fn scan_tags<T: Send>(&self, take: impl Fn(u32, &[u8]) -> Option<T> + Sync) -> Result<Vec<T>> {
         self.in_parts("tags", |connection, from, to| {
             let mut taken = Vec::new();
-            let mut statement = connection.prepare_cached("SELECT image, list FROM tags WHERE image >= ?1 AND image < ?2 ORDER BY image")?;
+            let mut statement =
+                connection.prepare_cached("SELECT image, list FROM tags WHERE image >= ?1 AND image < ?2 ORDER BY image")?;
             let mut rows = statement.query([from, to])?;
             while let Some(row) = rows.next()? {
                 taken.extend(take(row.get(0)?, row.get_ref(1)?.as_blob()?));
@@ -232,8 +237,7 @@ impl Index {
         let (first, end): (i64, i64) = self.with(|c| c.query_row(&bounds, [], |row| Ok((row.get(0)?, row.get(1)?))))?;
         let width = ((end - first) / (8 * rayon::current_num_threads() as i64)).max(1 << 12);
         let starts: Vec<i64> = (first..end).step_by(width as usize).collect();
-        let parts: Result<Vec<Vec<T>>> =
-            starts.into_par_iter().map(|from| self.with(|c| part(c, from, (from + width).min(end)))).collect();
+        let parts: Result<Vec<Vec<T>>> = starts.into_par_iter().map(|from| self.with(|c| part(c, from, (from + width).min(end)))).collect();
         let parts = parts?;
         let mut all = Vec::with_capacity(parts.iter().map(Vec::len).sum());
         parts.into_iter().for_each(|part| all.extend(part));
@@ -245,8 +249,7 @@ impl Index {
     /// # Errors
     /// [`Error::NoSuchImage`], [`Error::Sqlite`].
     pub fn row(&self, id: u32) -> Result<Row> {
-        let sql = const { concat_columns() };
-        let found = self.with(|c| c.prepare_cached(sql)?.query_row([id], row_of).optional())?;
+        let found = self.with(|c| c.prepare_cached(select!("WHERE id = ?"))?.query_row([id], row_of).optional())?;
         found.ok_or_else(|| Error::NoSuchImage { path: self.path.clone(), id })
     }
 
@@ -274,7 +277,14 @@ impl Index {
         let found = self.with(|c| {
             let read = |row: &rusqlite::Row<'_>| {
                 let Some(name) = row.get::<_, Option<String>>(0)? else { return Ok(None) };
-                Ok(Some((name, row.get::<_, Option<u64>>(1)?, row.get(2)?, row.get(3)?, row.get::<_, String>(4)?, row.get::<_, String>(5)?)))
+                Ok(Some((
+                    name,
+                    row.get::<_, Option<u64>>(1)?,
+                    row.get(2)?,
+                    row.get(3)?,
+                    row.get::<_, String>(4)?,
+                    row.get::<_, String>(5)?,
+                )))
             };
             c.prepare_cached(SQL)?.query_row([id], read).optional()
         })?;
@@ -319,10 +329,6 @@ impl Index {
         self.pool.lock().unwrap_or_else(|e| e.into_inner()).push(connection);
         result
     }
-}
-
-const fn concat_columns() -> &'static str {
-    "SELECT id, state, format, width, height, rating, score, fav_count, date, flags FROM image WHERE id = ?"
 }
 
 impl Place {

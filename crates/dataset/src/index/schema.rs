@@ -69,17 +69,17 @@ pub(super) fn open_for_building(path: &Path) -> Result<Connection> {
 }
 
 fn check_form(connection: &Connection, path: &Path) -> Result<()> {
-    let number = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).map_err(Error::sqlite("read the index", path));
+    let number =
+        |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).map_err(Error::sqlite("read the index", path));
     let refuse = |what: String, way_out| Err(Error::Index { path: path.into(), what, way_out });
     if number("application_id")? != APPLICATION_ID {
         return refuse("it is a SQLite database of another program".into(), "build an index from it with `lokr dataset index`");
     }
     match number("user_version")? {
         VERSION => Ok(()),
-        other => refuse(
-            format!("its form is version {other}, this program knows version {VERSION}"),
-            "build it again with `lokr dataset index`",
-        ),
+        other => {
+            refuse(format!("its form is version {other}, this program knows version {VERSION}"), "build it again with `lokr dataset index`")
+        }
     }
 }
 

@@ -102,17 +102,17 @@ impl Interner {
         Ok(Self { known, next })
     }
 
-    /// The number of a tag; a new one is written into the index.
-    pub fn number(&mut self, connection: &Connection, name: &str, class: TagClass, posts: i64) -> rusqlite::Result<u32> {
+    /// The number of a tag, and whether it was known; a new one is written into the index.
+    pub fn number(&mut self, connection: &Connection, name: &str, class: TagClass, posts: i64) -> rusqlite::Result<(u32, bool)> {
         if let Some(&id) = self.known.get(name) {
-            return Ok(id);
+            return Ok((id, true));
         }
         let id = self.next;
         self.next += 1;
         let mut insert = connection.prepare_cached("INSERT INTO tag VALUES (?, ?, ?, ?)")?;
         insert.execute(params![id, name, class as i64, posts])?;
         self.known.insert(name.into(), id);
-        Ok(id)
+        Ok((id, false))
     }
 }
 

@@ -73,6 +73,14 @@ fn look(path: &Path, subset: &SubsetConfig) -> Result<(Header, Caption)> {
     Ok((header.map_err(|source| Error::Image { path: path.into(), source })?, caption_file::find(path, subset)?))
 }
 
+/// The caption that stands beside an image, all lines; `None` if there is no file.
+pub(crate) fn beside(image: &Path, subset: &SubsetConfig) -> Result<Option<String>> {
+    Ok(match caption_file::find(image, subset)? {
+        Caption::Found { text, .. } => Some(text),
+        Caption::Missing => None,
+    })
+}
+
 fn choose_caption(caption: Caption, class_tokens: Option<&String>, image: &Path, report: &mut Report) -> String {
     match (caption, class_tokens) {
         (Caption::Found { text, fallback }, _) => {

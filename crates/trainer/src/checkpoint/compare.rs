@@ -25,7 +25,8 @@ pub fn differences(then: &str, now: &str) -> Vec<String> {
     // The end of the run enters the curve of every schedule that knows an end, and warmups given as a part of all steps.
     let text = |t: &Table, key: &str| t.get("train").and_then(|s| s.get(key)).cloned();
     let scheduler = text(&now, "lr_scheduler");
-    let endless = ["constant", "constant_with_warmup", "inverse_sqrt"].iter().any(|s| scheduler.as_ref().and_then(Value::as_str) == Some(s));
+    let endless =
+        ["constant", "constant_with_warmup", "inverse_sqrt"].iter().any(|s| scheduler.as_ref().and_then(Value::as_str) == Some(s));
     let ratio = matches!(text(&now, "lr_warmup_steps"), Some(Value::Float(_)));
     if !endless || ratio {
         for key in ["max_train_steps", "max_train_epochs"] {

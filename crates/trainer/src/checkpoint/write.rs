@@ -113,8 +113,7 @@ fn sources(tensors: &[Owned]) -> Vec<TensorSource<'_>> {
 /// # Errors
 /// If the folder cannot be listed.
 pub fn delete_old(run: &Path, keep: u64, every: Option<u64>) -> Result<()> {
-    let mut found: Vec<(u64, PathBuf)> =
-        storage::list_dir(&folder(run))?.into_iter().filter_map(|p| Some((step_of(&p)?, p))).collect();
+    let mut found: Vec<(u64, PathBuf)> = storage::list_dir(&folder(run))?.into_iter().filter_map(|p| Some((step_of(&p)?, p))).collect();
     found.sort();
     let old = found.len().saturating_sub(keep.max(1) as usize);
     for (step, path) in found.drain(..old) {

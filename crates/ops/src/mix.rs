@@ -1,0 +1,133 @@
+//! The small factor of a Kronecker product applied over groups, and its gradient: many tiny products, too small for a
+//! matrix multiplication each.
+
+use crate::math::simd;
+use crate::view::{F32, fast, grain, tensor};
+use candle_core::{D, DType, Result, Tensor};
+use rayon::prelude::*;
+
+/// Items that one partial sum of [`mix_grad`] takes; fixed, so that the result does not depend on the number of threads.
+const ITEMS: usize = 64;
+
+/// `y_i = sum_j w (p, q)[i, j] x_j` over the groups of `x (n, q, rest)`: `(n, p, rest)`.
+///
+/// # Errors
+/// If shapes or types do not fit.
+pub fn mix(w: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let ((p, q), (n, groups, rest)) = (w.dims2()?, x.dims3()?);
+    if groups != q {
+        candle_core::bail!("mix: w {:?}, x {:?}", w.dims(), x.dims());
+    }
+    let (w, x) = (w.contiguous()?, x.contiguous()?);
+    if !fast(&x) || !fast(&w) {
+        return w.reshape((1, p, q))?.broadcast_as((n, p, q))?.contiguous()?.matmul(&x);
+    }
+    let (wv, xv) = (F32::new(&w)?, F32::new(&x)?);
+    let mut y = vec![0f32; n * p * rest];
+    let (from, to) = ((q * rest).max(1), (p * rest).max(1));
+    y.par_chunks_mut(to).zip(xv.par_chunks(from)).with_min_len(grain(p * q * rest / 4)).for_each(|(y, x)| {
+        simd(
+            #[inline(always)]
+            || {
+                for (i, y) in y.chunks_exact_mut(rest).enumerate() {
+                    for (j, x) in x.chunks_exact(rest).enumerate() {
+                        let k = wv[i * q + j];
+                        if j == 0 {
+                            for (y, x) in y.iter_mut().zip(x) {
+                                *y = k * x;
+                            }
+                        } else {
+                            for (y, x) in y.iter_mut().zip(x) {
+                                *y += k * x;
+                            }
+                        }
+                    }
+                }
+            },
+        )
+    });
+    tensor(y, (n, p, rest))
+}
+
+/// `sum over n of y (n, p, rest) x (n, q, rest)^T`, added up in f32: `(p, q)`.
+///
+/// # Errors
+/// If shapes or types do not fit.
+pub fn mix_grad(y: &Tensor, x: &Tensor) -> Result<Tensor> {
+    let ((n, p, rest), (n2, q, rest2)) = (y.dims3()?, x.dims3()?);
+    if n != n2 || rest != rest2 {
+        candle_core::bail!("mix_grad: y {:?}, x {:?}", y.dims(), x.dims());
+    }
+    let (y, x) = (y.contiguous()?, x.contiguous()?);
+    if !fast(&x) || !fast(&y) {
+        return y.matmul(&x.transpose(D::Minus2, D::Minus1)?.contiguous()?)?.to_dtype(DType::F32)?.sum(0);
+    }
+    let (yv, xv) = (F32::new(&y)?, F32::new(&x)?);
+    let (ys, xs) = ((ITEMS * p * rest).max(1), (ITEMS * q * rest).max(1));
+    let partial: Vec<Vec<f32>> = yv
+        .par_chunks(ys)
+        .zip(xv.par_chunks(xs))
+        .with_min_len(grain(ITEMS * p * q * rest / 4))
+        .map(|(y, x)| {
+            simd(
+                #[inline(always)]
+                || {
+                    let mut sum = vec![0f32; p * q];
+                    for (y, x) in y.chunks_exact((p * rest).max(1)).zip(x.chunks_exact((q * rest).max(1))) {
+                        for (i, y) in y.chunks_exact(rest).enumerate() {
+                            for (j, x) in x.chunks_exact(rest).enumerate() {
+                                sum[i * q + j] += dot(y, x);
+                            }
+                        }
+                    }
+                    sum
+                },
+            )
+        })
+        .collect();
+    let mut total = vec![0f32; p * q];
+    for part in partial {
+        total.iter_mut().zip(part).for_each(|(t, v)| *t += v);
+    }
+    tensor(total, (p, q))
+}
+
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let (ac, bc) = (a.chunks_exact(16), b.chunks_exact(16));
+    for (i, (a, b)) in ac.remainder().iter().zip(bc.remainder()).enumerate() {
+        lanes[i] += a * b;
+    }
+    for (a, b) in ac.zip(bc) {
+        for i in 0..16 {
+            lanes[i] += a[i] * b[i];
+        }
+    }
+    lanes.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn mixing_equals_the_plain_product() -> Result<()> {
+        for (n, p, q, rest) in [(1, 2, 3, 5), (130, 4, 4, 40), (7, 8, 2, 17), (3, 1, 1, 1)] {
+            let w = Tensor::randn(0f32, 1.0, (p, q), &Device::Cpu)?;
+            let x = Tensor::randn(0f32, 1.0, (n, q, rest), &Device::Cpu)?;
+            let y = Tensor::randn(0f32, 1.0, (n, p, rest), &Device::Cpu)?;
+            let wide = |t: &Tensor| t.to_dtype(DType::F64);
+            let close = |a: Tensor, b: Tensor, scale: f64| -> Result<()> {
+                let worst = (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
+                // Sums of up to 5,200 products of order one in f32.
+                assert!(worst < 2e-6 * scale, "{worst} for {:?}", (n, p, q, rest));
+                Ok(())
+            };
+            close(mix(&w, &x)?, mix(&wide(&w)?, &wide(&x)?)?, q as f64 * 3.0)?;
+            close(mix_grad(&y, &x)?, mix_grad(&wide(&y)?, &wide(&x)?)?, (n * rest) as f64)?;
+        }
+        Ok(())
+    }
+}
