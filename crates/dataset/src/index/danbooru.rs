@@ -89,7 +89,7 @@ pub(super) fn read_database(
     let post_chunks = {
         let database = database.clone();
         let width = STRIDE as i64 * 4;
-        let count = (end - first).max(0).div_ceil(width) as u64;
+        let count = ((end - first).max(0) as u64).div_ceil(width as u64);
         let read = move |k: u64| database.posts(first + k as i64 * width, (first + (k as i64 + 1) * width).min(end));
         Prefetcher::new(0..count, threads.clamp(1, 2), 4, read).map_err(|e| no_thread(file, e))?
     };

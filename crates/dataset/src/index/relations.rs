@@ -175,7 +175,7 @@ impl Runs {
     /// Starts behind row `after`.
     pub fn new(database: &Arc<Database>, numbers: Arc<Vec<u32>>, after: i64, threads: usize) -> Result<Self> {
         let (first, end) = database.bounds("posttagrelation", "rowid", after)?;
-        let count = (end - first).max(0).div_ceil(CHUNK) as u64;
+        let count = ((end - first).max(0) as u64).div_ceil(CHUNK as u64);
         let (reader, path) = (database.clone(), database.path.clone());
         let read = move |k: u64| reader.relations(first + k as i64 * CHUNK, (first + (k as i64 + 1) * CHUNK).min(end), &numbers);
         let chunks = Prefetcher::new(0..count, threads, threads, read);
