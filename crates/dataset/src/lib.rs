@@ -26,7 +26,9 @@ mod latents;
 mod loader;
 mod plan;
 mod report;
+pub mod select;
 pub mod source;
+pub mod tags;
 
 pub use bucket::{Buckets, Placement};
 pub use caption::{CaptionContext, process_caption};

@@ -61,7 +61,7 @@ fn dot2(g: &[f32], x: &[f32], mean: f32, rstd: f32) -> (f32, f32) {
 /// If `groups` does not divide the channels or shapes do not fit.
 pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f64, with_silu: bool) -> Result<Value> {
     let dims = x.dims().to_vec();
-    if dims.len() < 2 || groups == 0 || dims[1] % groups != 0 || weight.dims() != [dims[1]] || bias.dims() != [dims[1]] {
+    if dims.len() < 2 || groups == 0 || !dims[1].is_multiple_of(groups) || weight.dims() != [dims[1]] || bias.dims() != [dims[1]] {
         candle_core::bail!("group norm: input {dims:?}, {groups} groups, weight {:?}, bias {:?}", weight.dims(), bias.dims());
     }
     if !fast(x.tensor()) {

@@ -42,7 +42,7 @@ impl Shapes<'_> {
     }
 
     fn divides(&self, key: &'static str, part: usize, whole: usize) -> Result<()> {
-        if part > 0 && whole % part == 0 {
+        if part > 0 && whole.is_multiple_of(part) {
             return Ok(());
         }
         Err(Error::HeadDims {

@@ -71,7 +71,7 @@ impl Sdxl {
         weights: Option<(&Tensor, &Tensor)>,
         checkpointing: bool,
     ) -> candle_core::Result<TextCondition> {
-        if chunks == 0 || ids1.len() != ids2.len() || ids1.len() % chunks != 0 {
+        if chunks == 0 || ids1.len() != ids2.len() || !ids1.len().is_multiple_of(chunks) {
             candle_core::bail!("{} and {} token rows in chunks of {chunks}", ids1.len(), ids2.len());
         }
         let mut h1 = self.te1.penultimate(ids1, checkpointing)?;

@@ -103,7 +103,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         let report = train_step(&model, &objective, &trained, &mut optimizer, &data, &mut batches, &rates, config, &mut state)?;
         outputs.metrics.write(&report)?;
         observe(Event::Step(report.clone()));
-        let due = |n: Option<u64>| n.is_some_and(|n| n > 0 && state.step % n == 0);
+        let due = |n: Option<u64>| n.is_some_and(|n| n > 0 && state.step.is_multiple_of(n));
         let last = state.step == timeline.total_steps;
         if due(config.output.save_every_n_steps) || last {
             save(config, &trained, &optimizer, &state, &data, &recipe, &mut writer)?;

@@ -42,7 +42,12 @@ impl TagTable {
 
     /// The number of the tag with this name.
     pub fn find(&self, name: &str) -> Option<u32> {
-        (1..self.ends.len() as u32).find(|&id| self.get(id).is_some_and(|(n, _)| n == name))
+        (1..=self.last()).find(|&id| self.get(id).is_some_and(|(n, _)| n == name))
+    }
+
+    /// The highest number that a tag may have.
+    pub fn last(&self) -> u32 {
+        (self.ends.len() as u32).saturating_sub(1)
     }
 
     /// Number of tags.

@@ -117,7 +117,7 @@ pub fn delete_old(run: &Path, keep: u64, every: Option<u64>) -> Result<()> {
     found.sort();
     let old = found.len().saturating_sub(keep.max(1) as usize);
     for (step, path) in found.drain(..old) {
-        if every.is_some_and(|n| n > 0 && step % n == 0) {
+        if every.is_some_and(|n| n > 0 && step.is_multiple_of(n)) {
             continue;
         }
         if let Err(error) = storage::remove_dir_all(&path) {
