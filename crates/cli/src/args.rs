@@ -25,6 +25,8 @@ pub enum Command {
     Export(Export),
     /// Show what a model or adapter file holds.
     Inspect(Inspect),
+    /// Check every file of a run: hashes, finite values, and that exported adapters equal their checkpoints.
+    Verify(Verify),
     /// Print a recipe with every key, its meaning and its default.
     Recipe,
 }
@@ -158,6 +160,13 @@ pub struct Inspect {
     /// Print the metadata too.
     #[arg(long)]
     pub metadata: bool,
+}
+
+/// Arguments of `lokr verify`.
+#[derive(Args)]
+pub struct Verify {
+    /// The run's folder.
+    pub run: PathBuf,
 }
 
 /// Layout of a checkpoint.

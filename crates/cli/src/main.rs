@@ -5,6 +5,7 @@
 mod args;
 mod show;
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -13,6 +14,7 @@ use trainer::config::{RunConfig, template};
 use trainer::event::Event;
 use trainer::interrupt::Interrupt;
 use trainer::tools;
+use trainer::verify::verify;
 use trainer::train::{Options, Outcome, in_pool, train};
 use trainer::{Error, Result};
 
@@ -28,7 +30,8 @@ const INTERRUPTED: u8 = 3;
 
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().with_target(false).init();
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).without_time().with_target(false).init();
     match run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {
@@ -48,6 +51,15 @@ fn run(command: Command) -> Result<ExitCode> {
             println!("wrote {} from {}", args.out.display(), path.display());
         }
         Command::Inspect(args) => print!("{}", tools::inspect(&args.file, args.metadata)?),
+        Command::Verify(args) => {
+            let report = verify(&args.run)?;
+            report.good.iter().for_each(|line| println!("good  {line}"));
+            report.bad.iter().for_each(|line| println!("BAD   {line}"));
+            println!("{} good, {} bad", report.good.len(), report.bad.len());
+            if !report.bad.is_empty() {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Recipe => print!("{}", template()),
     }
     Ok(ExitCode::SUCCESS)

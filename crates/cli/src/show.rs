@@ -66,9 +66,7 @@ impl Watcher {
             bar.set_position(r.step);
             bar.set_message(text.clone());
         }
-        if r.withheld {
-            self.line(&format!("warning: step {} was withheld: its loss ({}) or gradient ({}) is no number", r.step, r.loss, r.grad_norm));
-        } else if self.bar.as_ref().is_some_and(ProgressBar::is_hidden) && (r.step.is_power_of_two() || r.step.is_multiple_of(50)) {
+        if self.bar.as_ref().is_some_and(ProgressBar::is_hidden) && (r.step.is_power_of_two() || r.step.is_multiple_of(50)) {
             // Without a terminal there is no bar: a line now and then.
             println!("step {} {text}", r.step);
         }

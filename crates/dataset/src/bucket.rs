@@ -13,8 +13,8 @@ pub struct Buckets {
 
 #[derive(Debug, Clone)]
 enum Rule {
-    /// One of these sizes, sorted by (width, height).
-    Nearest(Vec<(u32, u32)>),
+    /// One of these sizes, sorted by (width, height); beside them their aspect ratios.
+    Nearest(Vec<(u32, u32)>, Vec<f64>),
     /// The image's own size, shrunk to `area` where larger, floored to `steps`.
     NoUpscale { area: u64, steps: u32 },
 }
@@ -35,12 +35,12 @@ impl Buckets {
         let area = u64::from(w) * u64::from(h);
         let steps = config.bucket_reso_steps;
         let rule = if !config.enable_bucket {
-            Rule::Nearest(vec![config.resolution])
+            Rule::nearest(vec![config.resolution])
         } else if config.bucket_no_upscale {
             Rule::NoUpscale { area, steps }
         } else {
             let (min, max) = config.bucket_range();
-            Rule::Nearest(bucket_sizes(area, min, max, steps))
+            Rule::nearest(bucket_sizes(area, min, max, steps))
         };
         Self { rule }
     }
@@ -48,7 +48,7 @@ impl Buckets {
     /// The sizes of the set, sorted by (width, height); empty with `bucket_no_upscale`, where any size may arise.
     pub fn sizes(&self) -> &[(u32, u32)] {
         match &self.rule {
-            Rule::Nearest(sizes) => sizes,
+            Rule::Nearest(sizes, _) => sizes,
             Rule::NoUpscale { .. } => &[],
         }
     }
@@ -60,7 +60,7 @@ impl Buckets {
             return None;
         }
         match &self.rule {
-            Rule::Nearest(sizes) => nearest(sizes, size),
+            Rule::Nearest(sizes, ratios) => nearest(sizes, ratios, size),
             Rule::NoUpscale { area, steps } => no_upscale(*area, *steps, size),
         }
     }
@@ -90,13 +90,27 @@ fn round(x: f64) -> u32 {
     (x + 0.5) as u32
 }
 
-fn nearest(sizes: &[(u32, u32)], size: (u32, u32)) -> Option<Placement> {
+impl Rule {
+    fn nearest(sizes: Vec<(u32, u32)>) -> Self {
+        let ratios = sizes.iter().map(|&size| ratio(size)).collect();
+        Rule::Nearest(sizes, ratios)
+    }
+}
+
+fn nearest(sizes: &[(u32, u32)], ratios: &[f64], size: (u32, u32)) -> Option<Placement> {
     let aspect = ratio(size);
-    let bucket = if sizes.contains(&size) {
+    let bucket = if sizes.binary_search(&size).is_ok() {
         size
     } else {
-        // The first of equal errors wins, as numpy's argmin; min_by keeps the first of equals too.
-        *sizes.iter().min_by(|a, b| (ratio(**a) - aspect).abs().total_cmp(&(ratio(**b) - aspect).abs()))?
+        // The first of equal errors wins, as numpy's argmin.
+        let mut best = (f64::INFINITY, *sizes.first()?);
+        for (&size, ratio) in sizes.iter().zip(ratios) {
+            let error = (ratio - aspect).abs();
+            if error < best.0 {
+                best = (error, size);
+            }
+        }
+        best.1
     };
     let scale = if aspect > ratio(bucket) { f64::from(bucket.1) / f64::from(size.1) } else { f64::from(bucket.0) / f64::from(size.0) };
     Some(Placement { bucket, resized: (round(f64::from(size.0) * scale), round(f64::from(size.1) * scale)) })

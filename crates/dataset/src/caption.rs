@@ -55,6 +55,11 @@ pub fn process_caption(raw: &str, subset: &SubsetConfig, context: CaptionContext
     }
 }
 
+/// Whether [`process_caption`] gives "" for a visit, whatever the caption is.
+pub(crate) fn is_dropped_whole(subset: &SubsetConfig, context: CaptionContext) -> bool {
+    is_dropped(subset, context.epoch, &mut Stream::new(context.seed, Purpose::Caption, context.epoch, context.position))
+}
+
 fn with_affixes(raw: &str, subset: &SubsetConfig) -> String {
     let mut caption = String::with_capacity(raw.len());
     if let Some(prefix) = set(&subset.caption_prefix) {

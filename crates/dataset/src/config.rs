@@ -43,13 +43,22 @@ pub struct DatasetConfig {
     pub subsets: Vec<SubsetConfig>,
 }
 
-/// One folder of images and what is done with its captions.
+/// One folder of images (or the images of an index) and what is done with its captions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SubsetConfig {
     /// The folder. Images directly inside are read, and those in subfolders named `N_name` (sd-scripts' form: N repeats,
-    /// class tokens "name").
+    /// class tokens "name"). With `index`: where the index's files lie, if not where they lay when it was built.
     pub image_dir: PathBuf,
+    /// A file made by `lokr dataset index`: the images that `selection` takes of it are used, and no folder is searched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub index: Option<PathBuf>,
+    /// Which images of `index`: `all`, `kohaku-epsilon`, `kohaku-delta`, or the path of a TOML file.
+    pub selection: String,
+    /// How captions are made of the tags of `index`: `kohaku-epsilon`, `kohaku-delta`, `model-card`, `plain`, or the path
+    /// of a TOML file. If absent: the image's caption, or its tags by `plain` where it has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub caption_rules: Option<String>,
     /// How often each image is used in an epoch; multiplies the N of `N_name` folders.
     pub num_repeats: u32,
     /// Extension of caption files, with its dot. At the default, `.caption` is tried too.
@@ -153,6 +162,9 @@ impl Default for SubsetConfig {
     fn default() -> Self {
         Self {
             image_dir: PathBuf::new(),
+            index: None,
+            selection: "all".into(),
+            caption_rules: None,
             num_repeats: 1,
             caption_extension: ".txt".into(),
             class_tokens: None,
@@ -187,7 +199,17 @@ impl DatasetConfig {
         }
         for (i, subset) in self.subsets.iter().enumerate() {
             subset.check(i)?;
-            if let Some(j) = self.subsets[..i].iter().position(|other| other.image_dir == subset.image_dir) {
+            let same = |other: &SubsetConfig| {
+                let of = |s: &SubsetConfig| (s.index.clone(), s.index.as_ref().map(|_| s.selection.clone()));
+                of(other) == of(subset) && (subset.index.is_some() || other.image_dir == subset.image_dir)
+            };
+            if let Some(j) = self.subsets[..i].iter().position(same) {
+                if let Some(index) = &subset.index {
+                    return Err(Error::config(
+                        format!("subsets[{j}] and subsets[{i}] take the same selection of the index `{}`", index.display()),
+                        format!("remove one of them; to use its images more often raise num_repeats of subsets[{j}]"),
+                    ));
+                }
                 return Err(Error::config(
                     format!("subsets[{j}] and subsets[{i}] have the same image_dir `{}`", subset.image_dir.display()),
                     format!("remove one of them; to use its images more often raise num_repeats of subsets[{j}]"),
@@ -286,8 +308,13 @@ impl SubsetConfig {
         let fail = |key: &str, value: &dyn std::fmt::Display, rule: &str, way_out: &str| {
             Err(Error::config(format!("subsets[{index}].{key} = {value} {rule}"), way_out))
         };
-        if self.image_dir.as_os_str().is_empty() {
+        if self.index.is_none() && self.image_dir.as_os_str().is_empty() {
             return Err(Error::config(format!("subsets[{index}].image_dir is missing"), "set it to the folder that holds the images"));
+        }
+        let plain = Self::default();
+        if self.index.is_none() && (self.selection != plain.selection || self.caption_rules.is_some()) {
+            let what = format!("subsets[{index}].selection and caption_rules have no meaning without subsets[{index}].index");
+            return Err(Error::config(what, "make an index with `lokr dataset index` and name it as index, or remove them"));
         }
         if self.num_repeats == 0 {
             return fail("num_repeats", &0, "would use none of the images", "set it to 1 or more, or remove the subset");

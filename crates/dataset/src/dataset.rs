@@ -1,24 +1,20 @@
 //! The dataset of a run: samples in their buckets, and everything that can be asked of one visit. Ties `source`,
 //! `bucket`, `plan`, `caption` and `image` together.
 //!
-//! Left to others: which visit comes when ([`BatchPlan`]), what a VAE makes of pixels ([`crate::LatentCache`]).
-//!
-//! # Determinism
-//! A visit's mirroring and random crop are drawn in this order from one stream keyed by (seed, [`Purpose::Augment`],
-//! epoch, position). A broken image is replaced by the next one of its bucket that is not broken: a function of the
-//! files alone, the same on every rank and in every order of loading.
+//! Left to others: which visit comes when ([`BatchPlan`]), what one visit sees (`visit`), what a VAE makes of pixels
+//! ([`crate::LatentCache`]).
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::path::PathBuf;
+use std::sync::{Mutex, OnceLock};
 
-use random::{Purpose, Stream};
 use rayon::prelude::*;
 
-use crate::image::{DecodeError, crop_condition, decode, prepare, time_ids};
-use crate::source::{self, Item, chain};
-use crate::{BatchPlan, BucketContents, BucketCount, Buckets, CaptionContext, DatasetConfig, Error, ItemKey, LatentId, LatentItem};
-use crate::{OnBrokenImage, Pixels, Placement, Report, Result, process_caption};
+use crate::image::DecodeError;
+use crate::rows::{At, Rows, SampleRow, Segment};
+use crate::source::{self, Indexed, Item};
+use crate::{BatchPlan, BucketContents, BucketCount, Buckets, DatasetConfig, Error, Pixels, Placement, Report, Result};
 
 /// One image with its caption and its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,50 +66,62 @@ pub struct Loaded {
     pub pixels: Pixels,
 }
 
-/// All samples of a run, numbered from 0 in the order of subsets, folders and names.
+/// All samples of a run, numbered from 0 in the order of subsets; within one, of folders and names, or of ids.
 #[derive(Debug)]
 pub struct Dataset {
     config: DatasetConfig,
-    samples: Vec<Sample>,
+    pub(crate) rule: Buckets,
+    pub(crate) rows: Rows,
     /// Sorted by size.
     buckets: Vec<Bucket>,
+    /// Made when asked for: see [`Dataset::samples`].
+    listed: OnceLock<Vec<Sample>>,
     /// Samples that turned out to be broken while loading, with the reason.
-    broken: Mutex<BTreeMap<u32, String>>,
+    pub(crate) broken: Mutex<BTreeMap<u32, String>>,
 }
 
+/// Samples that a thread sorts into buckets at a time.
+const CHUNK: usize = 1 << 16;
+
 impl Dataset {
-    /// Reads the headers and captions of all images that the configuration names and sorts them into buckets.
+    /// Reads the headers and captions of all images that the configuration names, or the rows of an index, and sorts them
+    /// into buckets.
     ///
     /// # Errors
-    /// A rule of the configuration broken, a folder missing or without images, no image usable; with
-    /// `on_broken_image = "fail"` the first file that cannot be used.
+    /// A rule of the configuration broken, a folder missing or without images, an index or selection that cannot be read,
+    /// no image usable; with `on_broken_image = "fail"` the first file that cannot be used.
     pub fn open(config: &DatasetConfig) -> Result<(Dataset, Report)> {
         config.check()?;
         let mut report = Report::default();
         let rule = Buckets::new(config);
-        let mut samples = Vec::new();
-        for item in source::scan(config, &mut report)? {
-            match place(&rule, config, &item) {
-                Ok(placement) => {
-                    let Item { path, subset, repeats, size, caption } = item;
-                    samples.push(Sample { path, subset, repeats, size, placement, caption });
-                }
-                Err(source) => report.reject(config.on_broken_image, Error::Image { path: item.path, source })?,
+        let mut rows = Rows::default();
+        let mut listed: Vec<Sample> = Vec::new();
+        for (number, subset) in config.subsets.iter().enumerate() {
+            let Some(path) = &subset.index else {
+                listed.extend(list(config, &rule, number, &mut report)?);
+                continue;
+            };
+            if !listed.is_empty() {
+                rows.push(Segment::Listed(std::mem::take(&mut listed)));
             }
+            let mut source = Indexed::open(path, subset, number, &mut report)?;
+            report.images_found += source.rows.len();
+            leave_out_misfits(config, &rule, &mut source, &mut report)?;
+            rows.push(Segment::Indexed { source, subset: number, repeats: subset.num_repeats });
         }
-        if samples.is_empty() {
+        if !listed.is_empty() {
+            rows.push(Segment::Listed(listed));
+        }
+        if rows.len() == 0 {
             let first = report.broken_images.first.first().or(report.broken_captions.first.first());
             return Err(Error::AllBroken { found: report.images_found, first: first.cloned().unwrap_or_default() });
         }
-        let mut buckets: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
-        for (number, sample) in (0u32..).zip(&samples) {
-            buckets.entry(sample.placement.bucket).or_default().push(number);
-        }
-        let buckets = buckets.into_iter().map(|(size, samples)| Bucket { size, samples }).collect();
-        let dataset = Dataset { config: config.clone(), samples, buckets, broken: Mutex::default() };
+        let (config, listed, broken) = (config.clone(), OnceLock::new(), Mutex::default());
+        let mut dataset = Dataset { config, rule, rows, buckets: Vec::new(), listed, broken };
+        dataset.buckets = dataset.sort_into_buckets();
         report.images_used = dataset.len();
-        report.visits = dataset.samples.iter().map(|s| u64::from(s.repeats)).sum();
         report.buckets = dataset.bucket_counts();
+        report.visits = report.buckets.iter().map(|b| b.visits).sum();
         Ok((dataset, report))
     }
 
@@ -124,25 +132,61 @@ impl Dataset {
 
     /// Number of samples (images, not counting repeats).
     pub fn len(&self) -> usize {
-        self.samples.len()
+        self.rows.len()
     }
 
     /// Whether there is no sample; [`Dataset::open`] does not make such a dataset.
     pub fn is_empty(&self) -> bool {
-        self.samples.is_empty()
+        self.len() == 0
     }
 
-    /// All samples, by number.
+    /// All samples, by number, with paths and captions. Those of an index are looked up one by one at the first call, and
+    /// take some 500 bytes each from then on: what goes through millions takes [`Dataset::rows`].
     pub fn samples(&self) -> &[Sample] {
-        &self.samples
+        if let Some(all) = self.rows.all_listed() {
+            return all;
+        }
+        self.listed.get_or_init(|| {
+            let numbers = 0..self.len() as u32;
+            // A row of an index that has become unreadable since it was opened has no name and no caption.
+            numbers.into_par_iter().filter_map(|n| self.sample(n).ok().map(Cow::into_owned)).collect()
+        })
+    }
+
+    /// What buckets and plans know of each sample, by number; costs no lookup.
+    pub fn rows(&self) -> impl Iterator<Item = SampleRow> + '_ {
+        (0..self.len() as u32).filter_map(|n| self.row(n).ok())
+    }
+
+    /// As [`Dataset::rows`], of one sample.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchSample`].
+    pub fn row(&self, number: u32) -> Result<SampleRow> {
+        Ok(self.rows.at(number)?.row(&self.rule))
     }
 
     /// One sample.
     ///
     /// # Errors
-    /// [`Error::NoSuchSample`].
-    pub fn sample(&self, number: u32) -> Result<&Sample> {
-        self.samples.get(number as usize).ok_or(Error::NoSuchSample { sample: number, len: self.samples.len() })
+    /// [`Error::NoSuchSample`]; [`Error::Sqlite`] if it is of an index that cannot be read any more.
+    pub fn sample(&self, number: u32) -> Result<Cow<'_, Sample>> {
+        let at = self.rows.at(number)?;
+        if let At::Listed(sample) = at {
+            return Ok(Cow::Borrowed(sample));
+        }
+        let SampleRow { subset, repeats, size, placement } = at.row(&self.rule);
+        Ok(Cow::Owned(Sample { path: at.name(), subset, repeats, size, placement, caption: at.caption()?.into_owned() }))
+    }
+
+    /// The path of a sample's file, or its shard and the name in it: for messages.
+    pub fn name(&self, number: u32) -> PathBuf {
+        self.rows.at(number).map_or_else(|_| PathBuf::from(format!("sample {number}")), |at| at.name())
+    }
+
+    /// The number of the sample that has this id in its index.
+    pub fn find_id(&self, id: u32) -> Option<u32> {
+        self.rows.find_id(id)
     }
 
     /// The buckets in use, sorted by size.
@@ -150,20 +194,41 @@ impl Dataset {
         &self.buckets
     }
 
+    fn sort_into_buckets(&self) -> Vec<Bucket> {
+        let numbers: Vec<u32> = (0..self.len() as u32).step_by(CHUNK).collect();
+        let parts: Vec<BTreeMap<(u32, u32), Vec<u32>>> = numbers
+            .into_par_iter()
+            .map(|from| {
+                let mut part: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
+                for number in from..(from as usize + CHUNK).min(self.len()) as u32 {
+                    if let Ok(row) = self.row(number) {
+                        part.entry(row.placement.bucket).or_default().push(number);
+                    }
+                }
+                part
+            })
+            .collect();
+        let mut all: BTreeMap<(u32, u32), Vec<u32>> = BTreeMap::new();
+        for (size, samples) in parts.into_iter().flatten() {
+            all.entry(size).or_default().extend(samples);
+        }
+        all.into_iter().map(|(size, samples)| Bucket { size, samples }).collect()
+    }
+
     /// Images, visits, enlargement and crop loss of each bucket.
     pub fn bucket_counts(&self) -> Vec<BucketCount> {
         let count = |bucket: &Bucket| {
-            let members = || bucket.samples.iter().map(|&s| &self.samples[s as usize]);
-            let enlarged = |s: &&Sample| s.placement.resized.0 > s.size.0 || s.placement.resized.1 > s.size.1;
-            BucketCount {
-                size: bucket.size,
-                images: bucket.samples.len(),
-                visits: members().map(|s| u64::from(s.repeats)).sum(),
-                enlarged: members().filter(enlarged).count(),
-                crop_loss: members().map(|s| s.placement.crop_loss()).sum::<f64>() / bucket.samples.len() as f64,
+            let members = || bucket.samples.iter().filter_map(|&s| self.row(s).ok());
+            let mut count = BucketCount { size: bucket.size, images: bucket.samples.len(), visits: 0, enlarged: 0, crop_loss: 0.0 };
+            for s in members() {
+                count.visits += u64::from(s.repeats);
+                count.enlarged += usize::from(s.placement.resized.0 > s.size.0 || s.placement.resized.1 > s.size.1);
+                count.crop_loss += s.placement.crop_loss();
             }
+            count.crop_loss /= bucket.samples.len() as f64;
+            count
         };
-        self.buckets.iter().map(count).collect()
+        self.buckets.par_iter().map(count).collect()
     }
 
     /// The order of one epoch (counted from 0).
@@ -171,18 +236,24 @@ impl Dataset {
     /// # Errors
     /// [`Error::Config`] if `batch_size` is 0.
     pub fn plan(&self, seed: u64, epoch: u64, batch_size: usize) -> Result<BatchPlan> {
+        let repeats = |s: u32| match self.rows.at(s) {
+            Ok(At::Listed(sample)) => sample.repeats,
+            Ok(At::Indexed { repeats, .. }) => repeats,
+            Err(_) => 0,
+        };
         let contents = |bucket: &Bucket| BucketContents {
             size: bucket.size,
-            samples: bucket.samples.iter().map(|&s| (s, self.samples[s as usize].repeats)).collect(),
+            samples: bucket.samples.iter().map(|&s| (s, repeats(s))).collect(),
         };
         BatchPlan::new(seed, epoch, &self.buckets.iter().map(contents).collect::<Vec<_>>(), batch_size)
     }
 
     /// A hash (blake3, hex) of what training sees of the dataset short of the images' bytes: names, sizes, places,
-    /// repeats, captions and the configuration. The folders' own paths do not enter, so a dataset may be moved.
+    /// repeats, captions and the configuration; for an index its own fingerprint, the rules for captions and what was
+    /// selected. The folders' own paths do not enter, so a dataset may be moved.
     pub fn fingerprint(&self) -> String {
         let mut config = self.config.clone();
-        config.subsets.iter_mut().for_each(|s| s.image_dir = PathBuf::new());
+        config.subsets.iter_mut().for_each(|s| (s.image_dir, s.index) = (PathBuf::new(), s.index.as_ref().map(|_| PathBuf::new())));
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"lokr dataset 1");
         // Strings are hashed with their length in front, so that no two lists of strings run together.
@@ -190,177 +261,68 @@ impl Dataset {
             hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
         };
         text(format!("{config:?}").as_bytes());
-        for s in &self.samples {
-            let name = s.path.strip_prefix(&self.config.subsets[s.subset].image_dir).unwrap_or(&s.path);
-            text(name.as_os_str().as_encoded_bytes());
-            text(s.caption.as_bytes());
-            text(format!("{} {} {:?} {:?}", s.subset, s.repeats, s.size, s.placement).as_bytes());
+        for segment in self.rows.segments() {
+            match segment {
+                Segment::Listed(samples) => {
+                    for s in samples {
+                        let name = s.path.strip_prefix(&self.config.subsets[s.subset].image_dir).unwrap_or(&s.path);
+                        text(name.as_os_str().as_encoded_bytes());
+                        text(s.caption.as_bytes());
+                        text(format!("{} {} {:?} {:?}", s.subset, s.repeats, s.size, s.placement).as_bytes());
+                    }
+                }
+                Segment::Indexed { source, .. } => {
+                    text(source.index.fingerprint().unwrap_or_default().as_bytes());
+                    text(format!("{:?}", source.captioner.rules()).as_bytes());
+                    for rows in source.rows.chunks(CHUNK) {
+                        let words = rows.iter().flat_map(|r| [r.id, r.size.0, r.size.1]).flat_map(u32::to_le_bytes);
+                        text(&words.collect::<Vec<_>>());
+                    }
+                }
+            }
         }
         hasher.finalize().to_hex().to_string()
     }
 
-    /// The caption of one visit, see [`process_caption`].
-    ///
-    /// # Errors
-    /// [`Error::NoSuchSample`].
-    pub fn caption(&self, sample: u32, context: CaptionContext) -> Result<String> {
-        let sample = self.sample(sample)?;
-        Ok(process_caption(&sample.caption, &self.config.subsets[sample.subset], context))
-    }
-
-    /// Mirroring, crop and size conditioning of one visit, without reading the image.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchSample`].
-    pub fn view(&self, sample: u32, seed: u64, epoch: u64, position: u64) -> Result<View> {
-        let s = self.sample(sample)?;
-        let subset = &self.config.subsets[s.subset];
-        let mut stream = Stream::new(seed, Purpose::Augment, epoch, position);
-        let flipped = subset.flip_aug && stream.uniform() < 0.5;
-        let pixel_crop = if subset.random_crop {
-            let (x, y) = s.placement.room();
-            let left = stream.below(u64::from(x) + 1);
-            (left as u32, stream.below(u64::from(y) + 1) as u32)
-        } else {
-            s.placement.centre_crop()
-        };
-        Ok(self.view_of(s, flipped, pixel_crop))
-    }
-
-    /// Decodes, resizes and crops the image of one visit. If it is broken, the next image of its bucket that is not (by
-    /// number, cyclic) takes its place; each broken image is logged once and kept in [`Dataset::broken`].
-    ///
-    /// # Errors
-    /// [`Error::BucketBroken`] if no image of the bucket can be used; with `on_broken_image = "fail"` already
-    /// [`Error::Image`].
-    pub fn load_pixels(&self, sample: u32, seed: u64, epoch: u64, position: u64) -> Result<Loaded> {
-        let mut outcome = None;
-        let found = self.replacement(sample, |candidate| {
-            if self.is_broken(candidate) && self.config.on_broken_image == OnBrokenImage::Skip {
-                return false;
-            }
-            let loaded = self.view(candidate, seed, epoch, position).and_then(|view| {
-                let pixels = self.pixels(candidate, view)?;
-                Ok(Loaded { sample: candidate, view, pixels })
-            });
-            let stop = loaded.is_ok() || self.config.on_broken_image == OnBrokenImage::Fail;
-            outcome = stop.then_some(loaded);
-            stop
-        })?;
-        match (found, outcome) {
-            (Some(_), Some(loaded)) => loaded,
-            _ => {
-                let s = self.sample(sample)?;
-                let count = self.bucket_of(s).len();
-                Err(Error::BucketBroken { bucket: s.placement.bucket, count, path: s.path.clone() })
-            }
-        }
-    }
-
-    /// The pixels that a latent cache wants for a key: the centre crop, mirrored or not. No replacement is made.
-    ///
-    /// # Errors
-    /// [`Error::Image`] if the image is broken (it is then listed in [`Dataset::broken`]).
-    pub fn load_for_cache(&self, key: ItemKey) -> Result<Pixels> {
-        let s = self.sample(key.sample)?;
-        self.pixels(key.sample, self.view_of(s, key.flipped, s.placement.centre_crop()))
-    }
-
-    /// The first sample for which `usable` holds, starting with `sample` itself and going on through its bucket by
-    /// number, cyclically. `None` if there is none.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchSample`].
-    pub fn replacement(&self, sample: u32, mut usable: impl FnMut(u32) -> bool) -> Result<Option<u32>> {
-        let members = self.bucket_of(self.sample(sample)?);
-        let start = members.partition_point(|&m| m < sample);
-        Ok(members[start..].iter().chain(&members[..start]).copied().find(|&m| usable(m)))
-    }
-
-    /// Samples that turned out to be broken while loading, with the reason.
-    pub fn broken(&self) -> BTreeMap<u32, String> {
-        self.broken.lock().unwrap_or_else(|e| e.into_inner()).clone()
-    }
-
-    /// Whether a sample turned out to be broken while loading.
-    pub fn is_broken(&self, sample: u32) -> bool {
-        self.broken.lock().unwrap_or_else(|e| e.into_inner()).contains_key(&sample)
-    }
-
-    /// What a latent cache of this dataset holds: every image, and its mirror image where `flip_aug` is on. Reads every
-    /// file once, in parallel, to know its content; files that cannot be read become [`Dataset::broken`].
-    ///
-    /// # Errors
-    /// [`Error::Config`] if a subset has `random_crop`.
-    pub fn latent_items(&self) -> Result<Vec<LatentItem>> {
-        self.config.check_cacheable()?;
-        let hashes: Vec<_> = self.samples.par_iter().map(|s| storage::blake3_file(&s.path)).collect();
-        let mut items = Vec::new();
-        for ((number, sample), hash) in (0u32..).zip(&self.samples).zip(hashes) {
-            let content = match hash {
-                Ok(content) => content,
-                Err(error) => {
-                    self.mark_broken(number, &sample.path, &error);
-                    continue;
-                }
-            };
-            let (w, h) = sample.placement.bucket;
-            let flips: &[bool] = if self.config.subsets[sample.subset].flip_aug { &[false, true] } else { &[false] };
-            items.extend(flips.iter().map(|&flipped| LatentItem {
-                key: ItemKey { sample: number, flipped },
-                id: LatentId::new(&content, sample.placement, sample.placement.centre_crop(), flipped, self.config.resize_interpolation),
-                shape: [4, h as usize / 8, w as usize / 8],
-            }));
-        }
-        Ok(items)
-    }
-
-    fn bucket_of(&self, sample: &Sample) -> &[u32] {
-        let found = self.buckets.binary_search_by_key(&sample.placement.bucket, |b| b.size);
+    pub(crate) fn bucket_of(&self, row: &SampleRow) -> &[u32] {
+        let found = self.buckets.binary_search_by_key(&row.placement.bucket, |b| b.size);
         found.map_or(&[], |i| &self.buckets[i].samples)
-    }
-
-    fn view_of(&self, s: &Sample, flipped: bool, pixel_crop: (u32, u32)) -> View {
-        let crop_left_top = crop_condition(self.config.crop_condition, s.placement, s.size, pixel_crop, flipped);
-        View { flipped, pixel_crop, crop_left_top, time_ids: time_ids(s.size, crop_left_top, s.placement.bucket) }
-    }
-
-    fn pixels(&self, number: u32, view: View) -> Result<Pixels> {
-        let s = self.sample(number)?;
-        match self.try_pixels(s, view) {
-            Ok(pixels) => Ok(pixels),
-            Err(source) => {
-                self.mark_broken(number, &s.path, &source);
-                Err(Error::Image { path: s.path.clone(), source })
-            }
-        }
-    }
-
-    fn try_pixels(&self, s: &Sample, view: View) -> std::result::Result<Pixels, DecodeError> {
-        let image = decode(&source::read(&s.path)?)?;
-        if image.dimensions() != s.size {
-            return Err(DecodeError::Changed { before: s.size, now: image.dimensions() });
-        }
-        let data = prepare(image, s.placement, view.pixel_crop, view.flipped, self.config.resize_interpolation);
-        Ok(Pixels { data, original_size: s.size, crop_left_top: view.crop_left_top, target_size: s.placement.bucket })
-    }
-
-    fn mark_broken(&self, number: u32, path: &Path, error: &dyn std::error::Error) {
-        let mut broken = self.broken.lock().unwrap_or_else(|e| e.into_inner());
-        broken.entry(number).or_insert_with(|| {
-            let reason = chain(error);
-            tracing::warn!("image `{}` cannot be used: {reason}", path.display());
-            reason
-        });
     }
 }
 
+/// The samples of a subset that is a folder.
+fn list(config: &DatasetConfig, rule: &Buckets, number: usize, report: &mut Report) -> Result<Vec<Sample>> {
+    let mut samples = Vec::new();
+    for item in source::scan(config, number, report)? {
+        match place(rule, config, item.size) {
+            Ok(placement) => {
+                let Item { path, subset, repeats, size, caption } = item;
+                samples.push(Sample { path, subset, repeats, size, placement, caption });
+            }
+            Err(source) => report.reject(config.on_broken_image, Error::Image { path: item.path, source })?,
+        }
+    }
+    Ok(samples)
+}
+
+/// Takes out of an index's rows what no bucket can take.
+fn leave_out_misfits(config: &DatasetConfig, rule: &Buckets, source: &mut Indexed, report: &mut Report) -> Result<()> {
+    let misfits: Vec<(u32, DecodeError)> =
+        source.rows.par_iter().filter_map(|row| place(rule, config, row.size).err().map(|why| (row.id, why))).collect();
+    let mut out = misfits.iter().map(|(id, _)| *id).collect::<Vec<_>>().into_iter().peekable();
+    source.rows.retain(|row| out.next_if_eq(&row.id).is_none());
+    for (id, why) in misfits {
+        report.reject(config.on_broken_image, Error::Image { path: source.name(id), source: why })?;
+    }
+    Ok(())
+}
+
 /// Where an image goes, or why it cannot.
-fn place(rule: &Buckets, config: &DatasetConfig, item: &Item) -> std::result::Result<Placement, DecodeError> {
-    let (width, height) = item.size;
-    let placement = rule.place(item.size).ok_or(DecodeError::TooSmall { width, height, steps: config.bucket_reso_steps })?;
+fn place(rule: &Buckets, config: &DatasetConfig, size: (u32, u32)) -> std::result::Result<Placement, DecodeError> {
+    let (width, height) = size;
+    let placement = rule.place(size).ok_or(DecodeError::TooSmall { width, height, steps: config.bucket_reso_steps })?;
     if placement.is_too_narrow() {
-        return Err(DecodeError::TooNarrow { size: item.size, bucket: placement.bucket });
+        return Err(DecodeError::TooNarrow { size, bucket: placement.bucket });
     }
     Ok(placement)
 }

@@ -143,6 +143,12 @@ pub enum Error {
         /// The id asked for.
         id: u32,
     },
+    /// An image that the dataset's selections did not take.
+    #[error("image {id} is not among the selected ones")]
+    NotSelected {
+        /// The id asked for.
+        id: u32,
+    },
     /// The caller's progress function asked to stop; what was done until then is kept.
     #[error("stopped on request")]
     Stopped,
@@ -191,6 +197,7 @@ impl Error {
                 Some("loosen the selection; `lokr dataset index` tells how many images have a rating, a score and a file".into())
             }
             Error::NoSuchImage { .. } => Some("ids are those of the posts, or the numbers that the index gave".into()),
+            Error::NotSelected { .. } => Some("the subset's selection, or a broken file, left it out".into()),
             Error::Stopped => Some("run it again: it goes on where it was".into()),
             Error::Folder { .. } | Error::AllBroken { .. } | Error::BucketBroken { .. } => None,
             Error::NoSuchSample { .. } | Error::Latent { .. } => None,

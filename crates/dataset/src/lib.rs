@@ -6,6 +6,10 @@
 //! [`Dataset::caption`] runs the caption pipeline; [`LatentCache`] keeps what a VAE made of the pixels; [`Prefetcher`]
 //! prepares batches ahead of use, in order.
 //!
+//! For data of millions, [`index::build`] makes one file of folders, tar shards and danbooru's metadata; [`select`] takes
+//! of it what a run wants, [`tags`] makes captions of tags, and a subset that names the file loads in seconds.
+//! [`histogram`], [`mod@check`] and [`explain`] show people what a run will see.
+//!
 //! Sizes are always (width, height) in pixels; tensors are [channels, height, width].
 //!
 //! # Determinism
@@ -17,18 +21,23 @@
 
 pub mod bucket;
 pub mod caption;
+pub mod check;
 pub mod config;
 mod dataset;
 mod error;
+pub mod explain;
+pub mod histogram;
 pub mod image;
 pub mod index;
 mod latents;
 mod loader;
 mod plan;
 mod report;
+mod rows;
 pub mod select;
 pub mod source;
 pub mod tags;
+mod visit;
 
 pub use bucket::{Buckets, Placement};
 pub use caption::{CaptionContext, process_caption};
@@ -40,3 +49,4 @@ pub use latents::{CacheDtype, CachePlace, CacheReport, ItemKey, Latent, LatentCa
 pub use loader::Prefetcher;
 pub use plan::{Batch, BatchPlan, BucketContents, Entry};
 pub use report::{BucketCount, Named, Report};
+pub use rows::SampleRow;

@@ -54,6 +54,8 @@ pub struct Report {
     pub visits: u64,
     /// Images that are turned or mirrored because their EXIF data says so.
     pub oriented: usize,
+    /// For each index: its file, and what its selection took and left.
+    pub selections: Vec<String>,
     /// Images left out, with the reason.
     pub broken_images: Named,
     /// Images left out because their caption file cannot be read, with the reason.
@@ -90,6 +92,9 @@ impl Report {
 impl Display for Report {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "images: {} found, {} used, {} visits per epoch", self.images_found, self.images_used, self.visits)?;
+        for selection in &self.selections {
+            writeln!(f, "index {selection}")?;
+        }
         write!(f, "captions: {} from files", self.captions_from_files)?;
         if self.fallback_captions > 0 {
             write!(f, " ({} from .caption files)", self.fallback_captions)?;

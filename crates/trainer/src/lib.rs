@@ -24,5 +24,6 @@ pub mod timeline;
 pub mod tools;
 pub mod train;
 pub mod validation;
+pub mod verify;
 
 pub use error::{Error, Result};

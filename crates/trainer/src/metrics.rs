@@ -16,7 +16,8 @@ impl Metrics {
         Self(run.join("metrics.jsonl"))
     }
 
-    /// Drops the lines of steps after `step`, which a resumed run makes again, and a torn last line.
+    /// Drops the lines of steps after `step`, which a resumed run makes again, and a torn last line. A run that starts at step 0 makes
+    /// every line again, that of the validation before its first step too.
     ///
     /// # Errors
     /// If the file cannot be read or written.
@@ -25,7 +26,7 @@ impl Metrics {
             return Ok(());
         }
         let text = String::from_utf8_lossy(&storage::read(&self.0)?).into_owned();
-        let kept = |line: &&str| serde_json::from_str::<Value>(line).is_ok_and(|v| v["step"].as_u64().is_some_and(|s| s <= step));
+        let kept = |line: &&str| step > 0 && serde_json::from_str::<Value>(line).is_ok_and(|v| v["step"].as_u64().is_some_and(|s| s <= step));
         let lines: Vec<&str> = text.lines().filter(kept).collect();
         let mut out = lines.join("\n");
         if !out.is_empty() {
@@ -43,6 +44,19 @@ impl Metrics {
     /// If the file cannot be written.
     pub fn write(&self, report: &StepReport) -> Result<()> {
         Ok(storage::append_line(&self.0, &serde_json::to_string(report).unwrap_or_default())?)
+    }
+
+    /// Whether the validation after `step` steps has its line.
+    ///
+    /// # Errors
+    /// If the file exists and cannot be read.
+    pub fn has_validation(&self, step: u64) -> Result<bool> {
+        if !self.0.exists() {
+            return Ok(false);
+        }
+        let lines = storage::read_to_string(&self.0)?;
+        let line_of = |v: Value| v["step"].as_u64() == Some(step) && v.get("validation_loss").is_some();
+        Ok(lines.lines().any(|line| serde_json::from_str(line).is_ok_and(line_of)))
     }
 
     /// Appends the line of a validation after `step` steps.
@@ -74,5 +88,8 @@ mod tests {
         let text = storage::read_to_string(&path).expect("read");
         assert_eq!(text.lines().count(), 2);
         assert!(text.lines().all(|l| l.contains("validation_loss")) && text.ends_with('\n'));
+        assert!(metrics.has_validation(2).expect("read") && !metrics.has_validation(3).expect("read"));
+        metrics.keep_until(0).expect("kept");
+        assert_eq!(storage::read_to_string(&path).expect("read"), "");
     }
 }

@@ -92,6 +92,33 @@ impl Outputs {
         Ok(())
     }
 
+    /// Makes what belongs to a checkpoint's step and is not there: a kill came between the checkpoint and its outputs.
+    ///
+    /// # Errors
+    /// As for the outputs themselves.
+    pub fn complete(&self, network: &LokrNetwork, step: u64, last: bool, model: &Sdxl, observe: &mut Observer) -> Result<()> {
+        let due = |n: Option<u64>| n.is_some_and(|n| n > 0 && step.is_multiple_of(n));
+        // The file of the last step has the same name whatever the step: one that is there may be of a shorter run.
+        if last || (due(self.config.output.save_every_n_steps) && !self.export_path(step, last).exists()) {
+            self.export(network, step, last, observe)?;
+        }
+        let sample = &self.config.sample;
+        let wanted = sample.sample_at_first || sample.sample_every_n_steps.is_some();
+        let missing = (0..self.requests.len()).any(|index| !self.preview_path(step, index).exists());
+        if (due(sample.sample_every_n_steps) || (last && wanted)) && missing {
+            self.preview(step, model, observe)?;
+        }
+        if (due(self.config.validation.every_n_steps) || last) && !self.metrics.has_validation(step)? {
+            self.validate(step, model, observe)?;
+        }
+        Ok(())
+    }
+
+    fn export_path(&self, step: u64, last: bool) -> PathBuf {
+        let name = &self.config.output.name;
+        self.config.output.dir.join(if last { format!("{name}.safetensors") } else { format!("{name}-step{step:08}.safetensors") })
+    }
+
     fn preview_path(&self, step: u64, index: usize) -> PathBuf {
         self.config.output.dir.join("previews").join(format!("step-{step:08}_{index:02}.png"))
     }
@@ -120,9 +147,7 @@ impl Outputs {
     /// # Errors
     /// If a value does not fit the precision, or the file cannot be written.
     pub fn export(&self, network: &LokrNetwork, step: u64, last: bool, observe: &mut Observer) -> Result<()> {
-        let name = &self.config.output.name;
-        let file = if last { format!("{name}.safetensors") } else { format!("{name}-step{step:08}.safetensors") };
-        let path = self.config.output.dir.join(file);
+        let path = self.export_path(step, last);
         export::write_lokr(network, &path, self.config.output.save_precision, &self.metadata(step, last))?;
         observe(Event::Wrote("LoKr", path));
         Ok(())

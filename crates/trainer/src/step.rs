@@ -97,6 +97,35 @@ pub fn micro_step(model: &Sdxl, objective: &Objective, batch: &MicroBatch, share
     Ok(forward.per_sample)
 }
 
+/// Names the first value of a forward pass that is no number: latents, text, a block of the UNet, or the loss.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn locate_non_finite(model: &Sdxl, objective: &Objective, batch: &MicroBatch) -> Result<String> {
+    ops::no_grad(|| {
+        let finite = |t: &Tensor| t.sum_all().and_then(|s| s.to_scalar::<f32>()).is_ok_and(f32::is_finite);
+        if !finite(&batch.latents) {
+            return Ok("a latent".into());
+        }
+        let text = model.encode_text(&batch.ids[0], &batch.ids[1], batch.chunks, None, false)?;
+        if !finite(text.context.tensor()) || !finite(text.pooled.tensor()) {
+            return Ok("the output of a text encoder".into());
+        }
+        let timesteps = &batch.noise.timesteps;
+        let noisy = objective.schedule.add_noise(&batch.latents, &batch.noise.input, timesteps)?;
+        let vector = added_condition(&text.pooled, &batch.time_ids)?;
+        let t = Tensor::from_vec(timesteps.iter().map(|&t| t as f32).collect::<Vec<_>>(), timesteps.len(), noisy.device())?;
+        let mut first = None;
+        let mut tap = |name: &str, value: &Value| {
+            if first.is_none() && !finite(value.tensor()) {
+                first = Some(format!("the output of the UNet's {name}"));
+            }
+        };
+        let out = model.unet.forward_with(&Value::constant(noisy), &t, &text.context, &vector, false, &mut tap)?;
+        Ok(first.unwrap_or_else(|| if finite(out.tensor()) { "the loss".into() } else { "the output of the UNet's out".into() }))
+    })
+}
+
 /// A trained tensor with the part it belongs to.
 pub struct Trained {
     /// Part of the model.

@@ -1,6 +1,5 @@
 //! A training run from top to bottom: parts are built, state is restored, the loop runs, a checkpoint is written.
 
-use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -9,16 +8,13 @@ use optim::{Optimizer, Schedule};
 use sdxl::Sdxl;
 
 use crate::checkpoint::{self, RunState, Snapshot};
-use crate::config::{Resume, RunConfig};
+use crate::config::{OnNonFinite, OutputConfig, Resume, RunConfig};
 use crate::data::{self, Data, Prepared};
 use crate::error::{Error, Result};
 use crate::event::{Event, Observer, StepReport};
 use crate::interrupt::Interrupt;
 use crate::setup::{self, Parts};
 use crate::step::{self, Objective, Trained};
-
-/// Steps in a row that may be withheld before the run stops.
-const MAX_WITHHELD: u64 = 20;
 
 /// What a run is told besides its recipe.
 #[derive(Clone, Default)]
@@ -78,6 +74,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         base_hash,
     };
     let recipe = config.to_toml();
+    let from = resume.as_ref().map(|found| found.path.clone());
     if let Some(found) = resume {
         refuse_changes(&found, &recipe, &state, options)?;
         found.restore(&trained, &mut optimizer)?;
@@ -86,8 +83,14 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     }
     storage::write_whole(&run.join("recipe.toml"), recipe.as_bytes())?;
     checkpoint::clean(&run)?;
+    for path in checkpoint::set_aside(&run, from.as_deref(), state.step)? {
+        observe(Event::Warning(format!("a checkpoint that this run does not go on from is kept as {}", path.display())));
+    }
     outputs.metrics.keep_until(state.step)?;
     outputs.before_first_step(state.step, &model, observe)?;
+    if state.step > 0 {
+        outputs.complete(&network, state.step, state.step == timeline.total_steps, &model, observe)?;
+    }
 
     let rates = Rates::new(config, timeline.total_steps)?;
     let mut batches = data::prefetch(&data, timeline.first_batch(state.step))?;
@@ -100,14 +103,17 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
             observe(Event::Note(format!("stopped after step {} of {}; run the same command to go on", state.step, timeline.total_steps)));
             return Ok(Outcome::Interrupted);
         }
-        let report = train_step(&model, &objective, &trained, &mut optimizer, &data, &mut batches, &rates, config, &mut state)?;
+        let report = train_step(&model, &objective, &trained, &mut optimizer, &data, &mut batches, &rates, config, &mut state, observe)?;
         outputs.metrics.write(&report)?;
         observe(Event::Step(report.clone()));
         let due = |n: Option<u64>| n.is_some_and(|n| n > 0 && state.step.is_multiple_of(n));
         let last = state.step == timeline.total_steps;
         if due(config.output.save_every_n_steps) || last {
             save(config, &trained, &optimizer, &state, &data, &recipe, &mut writer)?;
-            outputs.export(&network, state.step, last, observe)?;
+            match outputs.export(&network, state.step, last, observe) {
+                Err(error) if !last => observe(not_saved("LoKr file", &error)),
+                done => done?,
+            }
         }
         outputs.after_step(state.step, last, &model, observe)?;
         writer.poll(observe)?;
@@ -129,18 +135,24 @@ fn train_step(
     rates: &Rates,
     config: &RunConfig,
     state: &mut RunState,
+    observe: &mut Observer,
 ) -> Result<StepReport> {
     let started = Instant::now();
     let sizes = data.window_sizes(state.step)?;
     let samples: usize = sizes.iter().sum();
     let (mut loss, mut seen) = (0.0, Vec::with_capacity(samples));
+    let mut first_bad = None;
     for size in sizes {
         let Some(prepared) = batches.next() else { return Err(candle_core::Error::Msg("the plan ended before the run".into()).into()) };
         let prepared = prepared?;
         seen.extend_from_slice(&prepared.samples);
         let batch = data.finish(prepared, &model.vae)?;
         let per_sample = step::micro_step(model, objective, &batch, size as f64 / samples as f64)?;
-        loss += per_sample.iter().sum::<f64>() / samples as f64;
+        let share = per_sample.iter().sum::<f64>() / samples as f64;
+        if !share.is_finite() && first_bad.is_none() {
+            first_bad = Some(step::locate_non_finite(model, objective, &batch)?);
+        }
+        loss += share;
     }
     if state.step == 0 {
         setup::check_gradients(config, trained)?;
@@ -153,11 +165,13 @@ fn train_step(
         trained.iter().for_each(|t| t.parameter.zero_grad());
         state.withheld_steps += 1;
         state.consecutive_withheld += 1;
-        if state.consecutive_withheld >= MAX_WITHHELD {
-            let what = if loss.is_finite() { format!("the gradient of {}", bad.unwrap_or_default()) } else { "the loss".into() };
-            let names: Vec<String> = seen.iter().map(|&s| data.path(s).display().to_string()).collect();
-            return Err(Error::NotFinite { what, step: state.step + 1, samples: names.join(", ") });
+        let what = first_bad.unwrap_or_else(|| format!("the gradient of {}", bad.unwrap_or_default()));
+        let names: Vec<String> = seen.iter().map(|&s| data.path(s).display().to_string()).collect();
+        let found = Error::NotFinite { what, step: state.step + 1, samples: names.join(", ") };
+        if config.train.on_non_finite == OnNonFinite::Stop || state.consecutive_withheld >= config.train.max_withheld_steps {
+            return Err(found);
         }
+        observe(Event::Warning(format!("the step is withheld: {found}")));
     } else {
         step::update(trained, optimizer, norm, config.train.max_grad_norm, |group| factors.of(group))?;
         state.consecutive_withheld = 0;
@@ -268,7 +282,7 @@ fn save(
     let (epoch, _) = data.timeline.window(state.step);
     let state = RunState { plan_fingerprint: data.plan(epoch)?.fingerprint().into(), ..state.clone() };
     let snapshot = Snapshot::take(trained, optimizer, state, recipe.into())?;
-    writer.start(snapshot, &config.output.dir, config.output.keep_last)
+    writer.start(snapshot, &config.output)
 }
 
 /// Writes checkpoints beside the training: one at a time, so that a step waits for the copy only.
@@ -276,12 +290,12 @@ fn save(
 struct Writer(Option<JoinHandle<Result<std::path::PathBuf>>>, Vec<Result<std::path::PathBuf>>);
 
 impl Writer {
-    fn start(&mut self, snapshot: Snapshot, run: &Path, keep_last: u64) -> Result<()> {
+    fn start(&mut self, snapshot: Snapshot, output: &OutputConfig) -> Result<()> {
         self.join();
-        let run = run.to_path_buf();
+        let (run, keep_last, keep_every) = (output.dir.clone(), output.keep_last, output.keep_every);
         let write = move || {
             let path = snapshot.write(&run)?;
-            checkpoint::delete_old(&run, keep_last, None)?;
+            checkpoint::delete_old(&run, keep_last, keep_every)?;
             Ok(path)
         };
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(write);
@@ -304,10 +318,7 @@ impl Writer {
         for written in self.1.drain(..) {
             match written {
                 Ok(path) => observe(Event::Wrote("checkpoint", path)),
-                Err(error) => {
-                    let hint = error.hint().map_or_else(String::new, |h| format!(" ({h})"));
-                    observe(Event::Warning(format!("the checkpoint was not saved, training goes on: {}{hint}", chain(&error))));
-                }
+                Err(error) => observe(not_saved("checkpoint", &error)),
             }
         }
         Ok(())
@@ -323,6 +334,21 @@ impl Writer {
         }
         Ok(())
     }
+}
+
+impl Drop for Writer {
+    /// A run that ends with an error still finishes the checkpoint that is being written.
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            _ = thread.join();
+        }
+    }
+}
+
+/// A save that failed and that the next cadence tries again.
+fn not_saved(what: &str, error: &Error) -> Event {
+    let hint = error.hint().map_or_else(String::new, |h| format!(" ({h})"));
+    Event::Warning(format!("the {what} was not saved, training goes on: {}{hint}", chain(error)))
 }
 
 /// An error and its causes on one line.

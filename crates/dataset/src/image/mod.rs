@@ -25,6 +25,12 @@ pub enum DecodeError {
     /// The file cannot be read.
     #[error(transparent)]
     Read(#[from] storage::Error),
+    /// The index cannot tell where it is.
+    #[error("its place is not known: {what}")]
+    NoPlace {
+        /// What went wrong.
+        what: String,
+    },
     /// The file has no bytes.
     #[error("the file is empty")]
     Empty,

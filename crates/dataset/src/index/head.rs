@@ -25,7 +25,7 @@ pub(super) fn header(len: u64, mut first: Vec<u8>, read: ReadAt) -> Result<Heade
                     return Err(error);
                 }
                 // The length known is not the error's: a decoder tells "too short" in many ways.
-                let more = (have * 15).clamp(FIRST as u64, len - have) as usize;
+                let more = (have * 15).max(FIRST as u64).min(len - have) as usize;
                 let added = read(have, more)?;
                 if added.is_empty() {
                     return Err(error);

@@ -37,8 +37,6 @@ pub(super) fn open_for_reading(path: &Path) -> Result<Connection> {
     let connection = Connection::open_with_flags(path, flags).map_err(failed())?;
     connection.busy_timeout(Duration::from_secs(10)).map_err(failed())?;
     check_form(&connection, path)?;
-    // Reads go through a memory map, which the processes of one machine share.
-    connection.pragma_update(None, "mmap_size", 1i64 << 40).map_err(failed())?;
     Ok(connection)
 }
 

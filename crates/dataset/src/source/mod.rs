@@ -1,5 +1,6 @@
 //! Where samples come from. A source yields [`Item`]s, sizes read from headers and captions included; what follows
-//! (buckets, plan, pixels) does not know which kind it was. For now there is one kind, folders of image files.
+//! (buckets, plan, pixels) does not know which kind it was. There are two kinds: folders of image files, read here, and
+//! the images that a selection takes of an index ([`Indexed`]).
 //!
 //! Left to others: buckets (`bucket`), what a caption becomes (`caption`), decoding (`image`).
 //!
@@ -8,6 +9,7 @@
 
 mod caption_file;
 mod folder;
+mod indexed;
 
 use std::path::{Path, PathBuf};
 
@@ -17,6 +19,8 @@ use rayon::prelude::*;
 use crate::image::{DecodeError, Header};
 use crate::{DatasetConfig, Error, Report, Result, SubsetConfig};
 use caption_file::Caption;
+
+pub(crate) use indexed::Indexed;
 
 /// One image with its caption, as found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,26 +45,25 @@ pub(crate) fn read(path: &Path) -> std::result::Result<Vec<u8>, DecodeError> {
     Ok(storage::read(path)?)
 }
 
-/// Finds all images of the configuration, reads their headers and captions, and counts into `report`.
+/// Finds all images of a subset (`index` is its place), reads their headers and captions, and counts into `report`.
 ///
 /// # Errors
 /// A missing or empty folder; with `on_broken_image = "fail"` the first broken image or caption.
-pub(crate) fn scan(config: &DatasetConfig, report: &mut Report) -> Result<Vec<Item>> {
+pub(crate) fn scan(config: &DatasetConfig, index: usize, report: &mut Report) -> Result<Vec<Item>> {
     let mut items = Vec::new();
-    for (index, subset) in config.subsets.iter().enumerate() {
-        for folder in folder::find(subset, index, report)? {
-            let found: Vec<_> = folder.images.par_iter().map(|path| look(path, subset)).collect();
-            for (path, found) in folder.images.iter().zip(found) {
-                report.images_found += 1;
-                match found {
-                    Ok((header, caption)) => {
-                        let class_tokens = subset.class_tokens.as_ref().or(folder.class_tokens.as_ref());
-                        let caption = choose_caption(caption, class_tokens, path, report);
-                        report.oriented += usize::from(header.orientation != Orientation::NoTransforms);
-                        items.push(Item { path: path.clone(), subset: index, repeats: folder.repeats, size: header.size, caption });
-                    }
-                    Err(error) => report.reject(config.on_broken_image, error)?,
+    let subset = &config.subsets[index];
+    for folder in folder::find(subset, index, report)? {
+        let found: Vec<_> = folder.images.par_iter().map(|path| look(path, subset)).collect();
+        for (path, found) in folder.images.iter().zip(found) {
+            report.images_found += 1;
+            match found {
+                Ok((header, caption)) => {
+                    let class_tokens = subset.class_tokens.as_ref().or(folder.class_tokens.as_ref());
+                    let caption = choose_caption(caption, class_tokens, path, report);
+                    report.oriented += usize::from(header.orientation != Orientation::NoTransforms);
+                    items.push(Item { path: path.clone(), subset: index, repeats: folder.repeats, size: header.size, caption });
                 }
+                Err(error) => report.reject(config.on_broken_image, error)?,
             }
         }
     }

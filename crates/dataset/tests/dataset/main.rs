@@ -8,6 +8,8 @@ mod config;
 mod folders;
 mod hostile;
 mod images;
+mod index;
+mod indexed;
 mod latents;
 mod loader;
 mod plan;

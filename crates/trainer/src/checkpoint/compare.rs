@@ -7,6 +7,8 @@ const FREE: &[&str] = &[
     "train.max_train_steps",
     "train.max_train_epochs",
     "train.threads",
+    "train.on_non_finite",
+    "train.max_withheld_steps",
     "train.gradient_checkpointing",
     "dataset.cache_latents_to_disk",
     "dataset.vae_batch_size",
@@ -46,6 +48,12 @@ fn line(key: &str, a: Option<&Value>, b: Option<&Value>) -> String {
 }
 
 fn compare(key: &str, a: &Value, b: &Value, found: &mut Vec<String>) {
+    if let (Value::Array(x), Value::Array(y)) = (a, b)
+        && x.len() == y.len()
+        && x.iter().chain(y).all(Value::is_table)
+    {
+        return x.iter().zip(y).enumerate().for_each(|(i, (a, b))| compare(&format!("{key}[{i}]"), a, b, found));
+    }
     let (Value::Table(x), Value::Table(y)) = (a, b) else {
         if a != b {
             found.push(line(key, Some(a), Some(b)));
@@ -78,6 +86,13 @@ mod tests {
         assert!(differences(BASE, &free).is_empty());
         let changed = BASE.replace("1e-4", "2e-4") + "[network]\nfactor = 4\n";
         assert_eq!(differences(BASE, &changed), ["network: absent -> { factor = 4 }", "train.unet_lr: 0.0001 -> 0.0002"]);
+    }
+
+    #[test]
+    fn tables_in_lists_are_compared_key_by_key() {
+        let subsets = "[[dataset.subsets]]\nkeep_tokens = 1\n[[dataset.subsets]]\nkeep_tokens = 2\n";
+        assert_eq!(differences(subsets, &subsets.replace("= 2", "= 3")), ["dataset.subsets[1].keep_tokens: 2 -> 3"]);
+        assert_eq!(differences(subsets, &format!("{subsets}[[dataset.subsets]]\n")).len(), 1);
     }
 
     #[test]

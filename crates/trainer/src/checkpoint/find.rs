@@ -99,6 +99,34 @@ pub fn clean(run: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Renames the checkpoints that a run starting at `step`, from the checkpoint `from` if not anew, will not go on from: torn ones, and
+/// those of a line that is left for an earlier checkpoint. Under their old names they would keep new checkpoints from being written
+/// or count among those to keep. Gives the new names.
+///
+/// # Errors
+/// If the folder cannot be listed or one cannot be renamed.
+pub fn set_aside(run: &Path, from: Option<&Path>, step: u64) -> Result<Vec<PathBuf>> {
+    let folder = folder(run);
+    let mut renamed = Vec::new();
+    if !folder.exists() {
+        return Ok(renamed);
+    }
+    let from = from.map(Path::file_name);
+    for path in storage::list_dir(&folder)? {
+        let Some(number) = step_of(&path) else { continue };
+        if number < step || from == Some(path.file_name()) {
+            continue;
+        }
+        let aside = folder.join(format!("passed-over-{number:08}"));
+        if aside.exists() {
+            storage::remove_dir_all(&aside)?;
+        }
+        storage::rename(&path, &aside)?;
+        renamed.push(aside);
+    }
+    Ok(renamed)
+}
+
 impl Found {
     /// Puts the checkpoint's tensors into the adapter and its state into the optimizer.
     ///

@@ -11,14 +11,15 @@
 //! # What a failure leaves
 //! The folder is filled under a temporary name (`.step-00000360.tmp`), each file synced, then renamed and the parent
 //! synced. A returned error or a panic leaves at most the temporary folder, which the next write of that step replaces and the next run
-//! removes; so do a kill and a power loss. Older checkpoints are removed only after that, and never the newest whole one.
+//! removes; so do a kill and a power loss. Older checkpoints are removed only after that, and never the newest whole one: what a run
+//! passes over, torn or from a line that it leaves for an earlier checkpoint, is renamed to `passed-over-00000360` before its first step.
 
 mod compare;
 mod find;
 mod write;
 
 pub use compare::differences;
-pub use find::{Found, clean, find_newest_whole, open};
+pub use find::{Found, clean, find_newest_whole, open, set_aside};
 pub use write::{Snapshot, delete_old};
 
 use std::collections::BTreeMap;
@@ -90,6 +91,6 @@ pub fn name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
-fn step_of(path: &Path) -> Option<u64> {
+pub(crate) fn step_of(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }

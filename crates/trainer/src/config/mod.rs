@@ -34,7 +34,7 @@ pub use self::error::{ConfigError, Fault, Place, Problem};
 pub use self::key::{Key, Origin, Section, Setting};
 pub use self::render::{reference, template};
 pub use self::sections::{ModelConfig, NetworkConfig, OutputConfig, PromptConfig, Resume, SampleConfig, SavePrecision, ValidationConfig};
-pub use self::train::{Compat, MixedPrecision, StepCount, TextEncoderLr, TrainConfig};
+pub use self::train::{Compat, MixedPrecision, OnNonFinite, StepCount, TextEncoderLr, TrainConfig};
 
 /// A recipe, read and complete: every key has its value.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -124,6 +124,8 @@ section! {
         save_every_n_steps: Option<u64> = None, same;
         /// How many checkpoints are kept; older ones are deleted after a newer one is whole on the disk.
         keep_last: u64 = 2, ours;
+        /// Checkpoints after a multiple of so many steps are kept for good. If absent: none.
+        keep_every: Option<u64> = None, ours;
         /// Number format of the adapter that is written for others. Checkpoints are always f32.
         save_precision: SavePrecision = SavePrecision::Float, same;
         /// "auto": go on from the newest whole checkpoint of `output.dir`, if there is one. "never": begin anew, refuse a folder with

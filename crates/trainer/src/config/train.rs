@@ -45,6 +45,16 @@ choice! {
     }
 }
 
+choice! {
+    /// What follows a step whose loss or gradient is no number.
+    OnNonFinite {
+        /// The step is withheld and counted, and the run goes on, up to `max_withheld_steps` in a row.
+        Withhold = "withhold",
+        /// The run stops at once.
+        Stop = "stop",
+    }
+}
+
 /// A number of optimizer steps, or a part of all steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum StepCount {
@@ -147,6 +157,10 @@ section! {
         lr_scheduler_timescale: Option<u64> = None, same;
         /// Largest L2 norm of the whole gradient; it is scaled down to this. 0: never.
         max_grad_norm: f64 = 1.0, same;
+        /// What follows a step whose loss or gradient is no number. Such a step never reaches the weights.
+        on_non_finite: OnNonFinite = OnNonFinite::Withhold, ours;
+        /// Steps in a row that may be withheld before the run stops.
+        max_withheld_steps: u64 = 20, ours;
         /// Min-SNR weighting of the loss with this gamma; 5 is usual.
         min_snr_gamma: Option<f64> = None, same;
         /// Weigh the loss by 1/sqrt(snr) (epsilon) or 1/(snr + 1) (v).

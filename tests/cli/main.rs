@@ -1,0 +1,22 @@
+//! The program as its user sees it: commands are run as processes, and exit status, messages and files are looked at.
+//!
+//! Every test works in a folder of its own under Cargo's folder for test files, with a few drawn pictures, a short recipe and the
+//! tiny model of `tests/golden`; only one uses the model of the quickstart. Messages are compared as a whole, with what varies
+//! masked: `INSTA_UPDATE=always cargo test --release -p end-to-end` writes the new ones into the sources, as a diff to read.
+
+#![allow(clippy::disallowed_methods)]
+
+mod support;
+
+mod bad_base;
+mod bad_pictures;
+mod bad_recipe;
+mod damage;
+mod disk;
+mod export;
+mod house;
+mod interrupted;
+mod recipe_change;
+mod resume;
+mod sample;
+mod train;
