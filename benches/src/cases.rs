@@ -129,12 +129,9 @@ pub fn all() -> Result<Vec<Case>> {
         move |v| ops::group_norm(&v[0], &weight, &bias, 32, 1e-5, true),
     )?);
     let (weight, bias) = (ones(640)?, ones(640)?);
-    cases.extend(pair(
-        ["layer_norm_1024x640_forward", "layer_norm_1024x640_both"],
-        traffic(&x),
-        std::slice::from_ref(&x),
-        move |v| ops::layer_norm(&v[0], &weight, &bias, 1e-5),
-    )?);
+    cases.extend(pair(["layer_norm_1024x640_forward", "layer_norm_1024x640_both"], traffic(&x), std::slice::from_ref(&x), move |v| {
+        ops::layer_norm(&v[0], &weight, &bias, 1e-5)
+    })?);
     let wide = normal(&[1, 1024, 5120])?;
     let bytes = moved(&wide);
     let work = [Work::Bytes(bytes * 3 / 2), Work::Bytes(bytes * 4)];

@@ -4,7 +4,7 @@
 
 Other work on the machine spoils a comparison (PyTorch's threads wait for each other by spinning, and suffer more), so each
 run waits until the machine is idle, and the processor time that went to others during it is printed beside it; a run in
-which that was more than a tenth of a core is done again, up to three times, and then kept with a mark."""
+which that was more than a tenth of a core is done again, a few times, and then kept with a mark."""
 import argparse
 import json
 import os
@@ -40,7 +40,7 @@ def wait_for_idle(limit, patience):
 
 
 def run(command, a):
-    for attempt in range(3):
+    for attempt in range(a.attempts):
         wait_for_idle(a.foreign, a.patience)
         before, start, used, steal = busy(), time.monotonic(), os.times(), stolen()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=dict(os.environ, OMP_NUM_THREADS=str(a.threads)))
@@ -61,6 +61,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--foreign", type=float, default=0.1, help="cores' worth of other work that a run may see")
+    parser.add_argument("--attempts", type=int, default=3, help="how often a disturbed run is tried")
     parser.add_argument("--patience", type=float, default=600, help="seconds to wait for an idle machine")
     parser.add_argument("--against", default="bypass", help="step: comma-separated of default, bypass, bf16, bf16-bypass")
     a, rest = parser.parse_known_args()

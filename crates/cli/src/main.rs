@@ -14,8 +14,8 @@ use trainer::config::{RunConfig, template};
 use trainer::event::Event;
 use trainer::interrupt::Interrupt;
 use trainer::tools;
-use trainer::verify::verify;
 use trainer::train::{Options, Outcome, in_pool, train};
+use trainer::verify::verify;
 use trainer::{Error, Result};
 
 use args::{Cli, Command, Export, Format, Precision};

@@ -13,8 +13,9 @@ pub struct Buckets {
 
 #[derive(Debug, Clone)]
 enum Rule {
-    /// One of these sizes, sorted by (width, height); beside them their aspect ratios.
-    Nearest(Vec<(u32, u32)>, Vec<f64>),
+    /// One of these sizes, sorted by (width, height); beside them their different aspect ratios, ascending, each with the
+    /// place of the first size that has it.
+    Nearest(Vec<(u32, u32)>, Vec<(f64, usize)>),
     /// The image's own size, shrunk to `area` where larger, floored to `steps`.
     NoUpscale { area: u64, steps: u32 },
 }
@@ -92,25 +93,24 @@ fn round(x: f64) -> u32 {
 
 impl Rule {
     fn nearest(sizes: Vec<(u32, u32)>) -> Self {
-        let ratios = sizes.iter().map(|&size| ratio(size)).collect();
+        let mut ratios: Vec<(f64, usize)> = sizes.iter().map(|&size| ratio(size)).zip(0..).collect();
+        ratios.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        ratios.dedup_by_key(|r| r.0);
         Rule::Nearest(sizes, ratios)
     }
 }
 
-fn nearest(sizes: &[(u32, u32)], ratios: &[f64], size: (u32, u32)) -> Option<Placement> {
+fn nearest(sizes: &[(u32, u32)], ratios: &[(f64, usize)], size: (u32, u32)) -> Option<Placement> {
     let aspect = ratio(size);
     let bucket = if sizes.binary_search(&size).is_ok() {
         size
     } else {
-        // The first of equal errors wins, as numpy's argmin.
-        let mut best = (f64::INFINITY, *sizes.first()?);
-        for (&size, ratio) in sizes.iter().zip(ratios) {
-            let error = (ratio - aspect).abs();
-            if error < best.0 {
-                best = (error, size);
-            }
-        }
-        best.1
+        // The closest ratio is a neighbour of the image's. Of equal errors the first size wins, as with numpy's argmin.
+        let above = ratios.partition_point(|r| r.0 < aspect);
+        let neighbours = &ratios[above.saturating_sub(1)..(above + 1).min(ratios.len())];
+        let error = |r: &(f64, usize)| ((r.0 - aspect).abs(), r.1);
+        let closest = neighbours.iter().map(error).min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)))?;
+        sizes[closest.1]
     };
     let scale = if aspect > ratio(bucket) { f64::from(bucket.1) / f64::from(size.1) } else { f64::from(bucket.0) / f64::from(size.0) };
     Some(Placement { bucket, resized: (round(f64::from(size.0) * scale), round(f64::from(size.1) * scale)) })

@@ -130,7 +130,8 @@ pub fn check(dataset: &Dataset, options: &CheckOptions, progress: &mut dyn FnMut
 fn look(dataset: &Dataset, number: u32, options: &CheckOptions) -> Result<Look> {
     let at = dataset.rows.at(number)?;
     let row = at.row(&dataset.rule);
-    let factor = (f64::from(row.placement.resized.0) / f64::from(row.size.0)).max(f64::from(row.placement.resized.1) / f64::from(row.size.1));
+    let factor =
+        (f64::from(row.placement.resized.0) / f64::from(row.size.0)).max(f64::from(row.placement.resized.1) / f64::from(row.size.1));
     let enlarged = (factor > options.most_enlarged).then_some(factor);
     let empty = at.caption()?.trim().trim_matches([',', '|', ' ']).is_empty();
     let mut look = Look { hash: None, broken: None, changed: None, empty, enlarged };

@@ -241,10 +241,8 @@ impl Dataset {
             Ok(At::Indexed { repeats, .. }) => repeats,
             Err(_) => 0,
         };
-        let contents = |bucket: &Bucket| BucketContents {
-            size: bucket.size,
-            samples: bucket.samples.iter().map(|&s| (s, repeats(s))).collect(),
-        };
+        let contents =
+            |bucket: &Bucket| BucketContents { size: bucket.size, samples: bucket.samples.iter().map(|&s| (s, repeats(s))).collect() };
         BatchPlan::new(seed, epoch, &self.buckets.iter().map(contents).collect::<Vec<_>>(), batch_size)
     }
 

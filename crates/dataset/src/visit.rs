@@ -11,11 +11,11 @@ use std::path::Path;
 use random::{Purpose, Stream};
 use rayon::prelude::*;
 
+use crate::caption::{is_dropped_whole, process_caption};
 use crate::image::{DecodeError, crop_condition, decode, prepare, time_ids};
 use crate::rows::{At, SampleRow};
 use crate::source::chain;
 use crate::{CaptionContext, Dataset, Error, ItemKey, LatentId, LatentItem, Loaded, OnBrokenImage, Pixels, Result, View};
-use crate::caption::{is_dropped_whole, process_caption};
 
 impl Dataset {
     /// The caption of one visit: that of the file, or made of an index's tags, through [`process_caption`].

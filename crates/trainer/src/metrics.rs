@@ -26,7 +26,8 @@ impl Metrics {
             return Ok(());
         }
         let text = String::from_utf8_lossy(&storage::read(&self.0)?).into_owned();
-        let kept = |line: &&str| step > 0 && serde_json::from_str::<Value>(line).is_ok_and(|v| v["step"].as_u64().is_some_and(|s| s <= step));
+        let kept =
+            |line: &&str| step > 0 && serde_json::from_str::<Value>(line).is_ok_and(|v| v["step"].as_u64().is_some_and(|s| s <= step));
         let lines: Vec<&str> = text.lines().filter(kept).collect();
         let mut out = lines.join("\n");
         if !out.is_empty() {

@@ -65,7 +65,10 @@ fn draw_recorded(model: &Sdxl, tokenizer: &Tokenizer, schedule: &Schedule, predi
     let (width, height) = r.size;
     if width == 0 || height == 0 || width % factor != 0 || height % factor != 0 {
         let what = format!("a picture of {width}x{height} cannot be drawn: sides must be multiples of {factor}");
-        return Err(Error::refused(what, format!("take {}x{}", width.max(1).next_multiple_of(factor), height.max(1).next_multiple_of(factor))));
+        return Err(Error::refused(
+            what,
+            format!("take {}x{}", width.max(1).next_multiple_of(factor), height.max(1).next_multiple_of(factor)),
+        ));
     }
     let guided = r.guidance_scale > 1.0;
     let text = encode(model, tokenizer, r, guided)?;

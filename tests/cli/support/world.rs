@@ -123,6 +123,12 @@ impl World {
         Self { folder, keep: false }
     }
 
+    /// Keeps the folder for other tests of this process.
+    pub fn kept(mut self) -> Self {
+        self.keep = true;
+        self
+    }
+
     /// The run's folder.
     pub fn run(&self) -> PathBuf {
         self.folder.join("run")
@@ -196,7 +202,7 @@ fn draw(folder: &Path, n: u32) {
 pub fn finished() -> &'static (World, Ran) {
     static FINISHED: OnceLock<(World, Ran)> = OnceLock::new();
     FINISHED.get_or_init(|| {
-        let world = World { keep: true, ..World::new("finished") };
+        let world = World::new("finished").kept();
         let ran = world.train(PREVIEWS).good();
         (world, ran)
     })

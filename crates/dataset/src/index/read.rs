@@ -258,13 +258,15 @@ impl Index {
     /// # Errors
     /// [`Error::NoSuchImage`], [`Error::Sqlite`].
     pub fn post(&self, id: u32) -> Result<PostInfo> {
-        let row = self.row(id)?;
-        self.with(|c| {
-            let mut list = c.prepare_cached("SELECT list FROM tags WHERE image = ?")?;
-            let tags = list.query_row([id], |row| Ok(super::numbers(row.get_ref(0)?.as_blob()?).collect())).optional()?;
-            let caption = c.prepare_cached("SELECT text FROM caption WHERE image = ?")?.query_row([id], |row| row.get(0)).optional()?;
-            Ok(PostInfo { row, tags: tags.unwrap_or_default(), caption })
-        })
+        // One statement, so that the file is locked and let go once.
+        const SQL: &str = "SELECT id, state, format, width, height, rating, score, fav_count, date, flags, list, text FROM image \
+            LEFT JOIN tags ON tags.image = id LEFT JOIN caption ON caption.image = id WHERE id = ?";
+        let read = |row: &rusqlite::Row<'_>| {
+            let tags = row.get_ref(10)?.as_blob_or_null()?.map(|list| super::numbers(list).collect()).unwrap_or_default();
+            Ok(PostInfo { row: row_of(row)?, tags, caption: row.get(11)? })
+        };
+        let found = self.with(|c| c.prepare_cached(SQL)?.query_row([id], read).optional())?;
+        found.ok_or_else(|| Error::NoSuchImage { path: self.path.clone(), id })
     }
 
     /// Where one image's bytes are; `None` if it has no file.

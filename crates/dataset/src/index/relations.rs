@@ -135,13 +135,16 @@ impl Database {
                     continue;
                 }
                 if post != Some(id) {
+                    if let Some(before) = chunk.runs.last_mut() {
+                        (before.end, before.last_row) = (chunk.bytes.len(), row.get::<_, i64>(2)? - 1);
+                    }
                     chunk.runs.push(Run { post: id, end: 0, last_row: 0 });
                     post = Some(id);
                 }
                 tags::push(&mut chunk.bytes, number);
-                if let Some(run) = chunk.runs.last_mut() {
-                    (run.end, run.last_row) = (chunk.bytes.len(), row.get(2)?);
-                }
+            }
+            if let Some(run) = chunk.runs.last_mut() {
+                (run.end, run.last_row) = (chunk.bytes.len(), to - 1);
             }
             Ok(chunk)
         })
@@ -154,7 +157,7 @@ pub(super) struct Run {
     pub post: u32,
     /// End of its list in the chunk's bytes.
     end: usize,
-    /// The last of its rows.
+    /// The last row before the next run.
     pub last_row: i64,
 }
 

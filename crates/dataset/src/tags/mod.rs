@@ -4,8 +4,8 @@
 //!
 //! Left to others: what else is done to a caption (prefix, dropout of the whole: `caption`), which visit it is for.
 
-mod captioner;
 mod built_in;
+mod captioner;
 mod quality;
 mod rules;
 

@@ -32,17 +32,8 @@ pub enum Part {
 
 impl Part {
     /// All parts.
-    pub const ALL: [Part; 9] = [
-        Part::Special,
-        Part::Character,
-        Part::Copyright,
-        Part::Artist,
-        Part::General,
-        Part::Meta,
-        Part::Year,
-        Part::Rating,
-        Part::Quality,
-    ];
+    pub const ALL: [Part; 9] =
+        [Part::Special, Part::Character, Part::Copyright, Part::Artist, Part::General, Part::Meta, Part::Year, Part::Rating, Part::Quality];
 }
 
 /// Parts that stand together and share a treatment. A part with an order or rate of its own is a group of its own.

@@ -48,8 +48,8 @@ pub fn golden_index() -> (tempfile::TempDir, Index, BuildReport) {
 fn captions_equal_hakubooru() {
     let (_dir, index, _) = golden_index();
     let captions = std::fs::read_to_string(danbooru("captions.jsonl")).unwrap();
-    let [epsilon, delta] = ["kohaku-epsilon", "kohaku-delta"]
-        .map(|name| Captioner::new(CaptionRules::load(name).unwrap(), index.tags().unwrap().clone()));
+    let [epsilon, delta] =
+        ["kohaku-epsilon", "kohaku-delta"].map(|name| Captioner::new(CaptionRules::load(name).unwrap(), index.tags().unwrap().clone()));
     let mut count = 0;
     for line in captions.lines() {
         let expected: Value = serde_json::from_str(line).unwrap();
@@ -75,8 +75,7 @@ fn the_seeded_selection_equals_python() {
     let ids = index.scan(|row| Some(row.id)).unwrap();
     assert_eq!(config.choose(&ids), list("distinct"));
     let (taken, report) = select(&index, &config).unwrap();
-    let with_files: Vec<u32> =
-        list("distinct").into_iter().filter(|&id| index.row(id).unwrap().state == State::Present).collect();
+    let with_files: Vec<u32> = list("distinct").into_iter().filter(|&id| index.row(id).unwrap().state == State::Present).collect();
     assert_eq!(taken.iter().map(|t| t.id).collect::<Vec<_>>(), with_files);
     assert!(!with_files.is_empty() && report.taken == with_files.len() && report.images == ids.len(), "{report:?}");
 }
@@ -170,7 +169,8 @@ fn relations_out_of_order_reach_their_posts() {
     let connection = rusqlite::Connection::open(&db).unwrap();
     // Each relation goes to a row far away (7919 and 18,553 have no common factor), so that neighbours are of different posts.
     connection.execute_batch("UPDATE posttagrelation SET id = 1000000 + (id * 7919) % 18553 + (id / 18553) * 100000").unwrap();
-    let mut statement = connection.prepare("SELECT t.name FROM posttagrelation r JOIN tag t ON t.id = r.tag_id WHERE r.post_id = ? ORDER BY r.id").unwrap();
+    let mut statement =
+        connection.prepare("SELECT t.name FROM posttagrelation r JOIN tag t ON t.id = r.tag_id WHERE r.post_id = ? ORDER BY r.id").unwrap();
     build(&path, vec![Source::Danbooru { file: db.clone() }]);
     let index = Index::open(&path).unwrap();
     let names = index.tags().unwrap();
@@ -184,7 +184,8 @@ fn relations_out_of_order_reach_their_posts() {
 #[test]
 fn a_folder_grows_changes_and_shrinks() {
     let [a, b, c] = [1, 2, 3].map(|seed| super::png(64 + seed, 64, seed as u8));
-    let dir = super::folder(&[("p/b.png", &b), ("p/b.txt", b"two\n\nlines"), ("p/in/a.png", &a), ("p/in/a.caption", b"one"), ("p/.x.png", &a)]);
+    let dir =
+        super::folder(&[("p/b.png", &b), ("p/b.txt", b"two\n\nlines"), ("p/in/a.png", &a), ("p/in/a.caption", b"one"), ("p/.x.png", &a)]);
     let path = dir.path().join("i.sqlite");
     let p = dir.path().join("p");
     let first = build(&path, vec![Source::detect(&p).unwrap()]);
@@ -207,7 +208,8 @@ fn a_folder_grows_changes_and_shrinks() {
     std::fs::remove_file(p.join("b.png")).unwrap();
     let second = build(&path, vec![]);
     assert_eq!((second.changes.added, second.changes.updated, second.changes.gone), (1, 1, 1));
-    let expected = [(1, "b.png".into(), State::Gone, (66, 64)), (2, "in/a.png".into(), present, (67, 64)), (3, "a.png".into(), present, (67, 64))];
+    let expected =
+        [(1, "b.png".into(), State::Gone, (66, 64)), (2, "in/a.png".into(), present, (67, 64)), (3, "a.png".into(), present, (67, 64))];
     assert_eq!(rows(&path), expected);
     assert_eq!((captions(2), captions(3)), (Some("uno".into()), None));
     assert_ne!(first.fingerprint, second.fingerprint);
@@ -241,9 +243,18 @@ fn webdataset_shards_with_their_texts() {
         }
         builder.into_inner().unwrap()
     };
-    let one = shard(&[("x/1.png", &image), ("x/1.txt", b"a caption"), ("2.json", br#"{"tag_string_character": "c_d", "rating": "e"}"#), ("2.png", &image)]);
+    let one = shard(&[
+        ("x/1.png", &image),
+        ("x/1.txt", b"a caption"),
+        ("2.json", br#"{"tag_string_character": "c_d", "rating": "e"}"#),
+        ("2.png", &image),
+    ]);
     let two = shard(&[("3.jpg", b"no picture"), ("4.png", &image), ("5.png", &image)]);
-    let dir = super::folder(&[("s/00.tar", &one), ("s/01.tar", &two[..two.len() - 1024 - image.len().div_ceil(512) * 512 + 10]), ("s/02.tar", b"")]);
+    let dir = super::folder(&[
+        ("s/00.tar", &one),
+        ("s/01.tar", &two[..two.len() - 1024 - image.len().div_ceil(512) * 512 + 10]),
+        ("s/02.tar", b""),
+    ]);
     let path = dir.path().join("i.sqlite");
     let report = build(&path, vec![Source::detect(&dir.path().join("s")).unwrap()]);
     let index = Index::open(&path).unwrap();
@@ -290,7 +301,8 @@ fn metadata_of_sd_scripts() {
     let lines = dir.path().join("l.sqlite");
     let report = build(&lines, vec![Source::detect(&dir.path().join("meta.jsonl")).unwrap()]);
     assert_eq!((report.summary.present, report.summary.captioned), (2, 1));
-    let bad = index::build(&options(&dir.path().join("b.sqlite"), vec![Source::detect(&dir.path().join("bad.jsonl")).unwrap()]), &mut go_on);
+    let bad =
+        index::build(&options(&dir.path().join("b.sqlite"), vec![Source::detect(&dir.path().join("bad.jsonl")).unwrap()]), &mut go_on);
     let error = bad.unwrap_err();
     assert!(error.to_string().contains("line 2 has no image_path") && error.hint().is_some(), "{error}");
 }

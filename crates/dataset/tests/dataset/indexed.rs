@@ -106,7 +106,10 @@ fn rules_from_a_file() {
     ]);
     let load = |name: &str| CaptionRules::load(dir.path().join(name).to_str().unwrap());
     let rules = load("drop.toml").unwrap();
-    assert_eq!((rules.groups.len(), rules.groups[1].drop_only.as_slice(), rules.ratings.general[0].as_str()), (2, &[Part::General][..], "sfw"));
+    assert_eq!(
+        (rules.groups.len(), rules.groups[1].drop_only.as_slice(), rules.ratings.general[0].as_str()),
+        (2, &[Part::General][..], "sfw")
+    );
     assert_eq!(rules.ratings.explicit, ["explicit", "nsfw"]);
     for (name, part) in [
         ("typo.toml", "unknown field `grups`"),

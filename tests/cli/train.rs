@@ -1,0 +1,193 @@
+//! What a run leaves behind and what it prints; and that equal runs are equal.
+
+use std::collections::BTreeMap;
+
+use insta::assert_snapshot;
+
+use crate::support::*;
+
+/// What a run printed, without the lines whose place depends on how fast a checkpoint is written.
+fn in_order(ran: &Ran, folder: &std::path::Path) -> String {
+    masked(&ran.out, folder).lines().filter(|l| !l.starts_with("wrote checkpoint")).map(|l| format!("{l}\n")).collect()
+}
+
+#[test]
+fn a_run_tells_what_it_derived_before_its_first_step_and_then_what_it_writes() {
+    let (world, ran) = finished();
+    assert_snapshot!(in_order(ran, &world.folder), @"");
+    let written = ran.lines("wrote checkpoint").join("\n");
+    assert_snapshot!(written, @"");
+}
+
+#[test]
+fn a_run_leaves_adapter_metrics_previews_checkpoints_and_recipe() {
+    let (world, _) = finished();
+    assert_snapshot!(listing(world.run()).join("\n"), @"");
+}
+
+#[test]
+fn the_metrics_have_one_line_for_each_step_and_each_validation() {
+    let (world, _) = finished();
+    assert_eq!(steps_in_metrics(&world.run()), [1, 2, 3, 4, 5, 6, 7]);
+    let lines = metrics(&world.run());
+    let validated: Vec<_> = lines.iter().filter(|l| l.get("validation_loss").is_some()).map(|l| l["step"].as_u64()).collect();
+    assert_eq!(validated, [Some(0), Some(3), Some(6), Some(7)]);
+    for line in lines.iter().filter(|l| l.get("loss").is_some()) {
+        let number = |key: &str| line[key].as_f64().unwrap_or_else(|| panic!("{key} in {line}"));
+        for key in ["loss", "loss_average", "grad_norm", "seconds", "images_per_second"] {
+            assert!(number(key) > 0.0, "{key} in {line}");
+        }
+        assert_eq!((number("lr_unet"), &line["lr_te"]), (2e-4, &serde_json::json!([1e-4, 1e-4])), "{line}");
+        // Three steps an epoch: two of two batches, one of the batch that is left.
+        let step = line["step"].as_u64().expect("a number") - 1;
+        assert_eq!(line["epoch"], step / 3, "{line}");
+        assert!((1..=4).contains(&line["samples"].as_u64().expect("a number")), "{line}");
+        assert_eq!(line["withheld"], false);
+    }
+    let samples: u64 = lines.iter().filter(|l| l["epoch"] == 0).filter_map(|l| l["samples"].as_u64()).sum();
+    assert_eq!(samples, 9, "an epoch shows each picture once");
+}
+
+#[test]
+fn a_checkpoint_has_a_manifest_with_the_length_and_hash_of_each_file() {
+    let (world, _) = finished();
+    let folder = checkpoint(&world.run(), 7);
+    let manifest: serde_json::Value = serde_json::from_str(&text(folder.join("manifest.json"))).expect("JSON");
+    let files = manifest["files"].as_object().expect("a table");
+    let named: Vec<&str> = files.keys().map(String::as_str).chain(["manifest.json"]).collect();
+    let mut on_disk = listing(&folder);
+    on_disk.sort_by_key(|n| n == "manifest.json");
+    assert_eq!(on_disk, named);
+    for (name, sum) in files {
+        let content = bytes(folder.join(name));
+        assert_eq!(sum["bytes"], content.len(), "{name}");
+        assert_eq!(sum["blake3"], blake3::hash(&content).to_hex().as_str(), "{name}");
+    }
+}
+
+#[test]
+fn the_adapter_holds_the_masters_of_the_last_checkpoint_and_tells_of_the_run() {
+    let (world, _) = finished();
+    let (adapter, masters) = (tensors(world.path("run/shapes.safetensors")), tensors(checkpoint(&world.run(), 7).join("adapter.safetensors")));
+    for (name, master) in &masters {
+        assert_eq!(adapter.get(name), Some(master), "{name}");
+    }
+    let others: BTreeMap<&str, usize> = adapter.keys().filter(|n| !masters.contains_key(*n)).fold(BTreeMap::new(), |mut counts, name| {
+        *counts.entry(name.rsplit('.').next().unwrap_or_default()).or_default() += 1;
+        counts
+    });
+    assert_eq!(others, BTreeMap::from([("alpha", masters.len() / 2)]), "two factors a module, and their alpha");
+    let moved = masters.values().flat_map(Stored::floats).filter(|v| *v != 0.0).count();
+    assert!(moved > 0, "nothing was trained");
+
+    let told = metadata(world.path("run/shapes.safetensors"));
+    let get = |key: &str| told.get(key).map(String::as_str);
+    assert_eq!(get("ss_network_module"), Some("lycoris.kohya"));
+    assert_eq!((get("ss_steps"), get("ss_num_train_images"), get("ss_unet_lr")), (Some("7"), Some("9"), Some("0.0002")));
+    assert!(get("ss_tag_frequency").is_some_and(|t| t.contains("\"disk\": 9")), "{told:?}");
+    assert!(!told.contains_key("ss_training_started_at"), "timestamps are off");
+}
+
+#[test]
+fn previews_have_the_size_asked_for_change_with_training_and_stand_on_one_sheet() {
+    let (world, _) = finished();
+    let at = |step: u32, prompt: u32| picture(world.path(&format!("run/previews/step-{step:08}_{prompt:02}.png")));
+    for step in [0, 3, 6, 7] {
+        assert_eq!(at(step, 0).dimensions(), (64, 64));
+        assert!(difference(&at(step, 0), &at(step, 1)) > 0, "two prompts, two pictures");
+    }
+    assert!(difference(&at(0, 0), &at(7, 0)) > 0, "training changes the picture");
+    let sheet = picture(world.path("run/previews.png"));
+    // Two prompts wide, four rounds high, with gaps of four pixels.
+    assert_eq!(sheet.dimensions(), (4 + 2 * 68, 4 + 4 * 68));
+    let placed = image::imageops::crop_imm(&sheet, 4 + 68, 4 + 3 * 68, 64, 64).to_image();
+    assert_eq!(difference(&placed, &at(7, 1)), 0, "the last round is the last row");
+}
+
+#[test]
+fn the_same_recipe_gives_the_same_bytes() {
+    let (first, _) = finished();
+    let second = World::new("again");
+    second.train(PREVIEWS).good();
+    let without_times = |world: &World| {
+        let mut files = contents(world.run());
+        files.remove("metrics.jsonl");
+        files
+    };
+    let (a, b) = (without_times(first), without_times(&second));
+    assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+    let differing: Vec<_> = a.iter().filter(|(name, content)| b[*name] != **content).map(|(name, _)| name).collect();
+    assert!(differing.is_empty(), "{differing:?} differ");
+    let losses = |world: &World| metrics(&world.run()).iter().map(|l| l["loss"].clone()).collect::<Vec<_>>();
+    assert_eq!(losses(first), losses(&second));
+}
+
+#[test]
+fn the_recipe_beside_a_run_is_complete_and_gives_the_same_run() {
+    let (first, _) = finished();
+    let again = World::new("from-written-recipe");
+    std::fs::copy(first.path("run/recipe.toml"), again.path("recipe.toml")).expect("copied");
+    again.train(&[]).good();
+    assert_same_file(first.path("run/recipe.toml"), again.path("run/recipe.toml"));
+    assert_same_file(first.path("run/shapes.safetensors"), again.path("run/shapes.safetensors"));
+    // Every key of the reference page stands in it, with its value or as one that is not set.
+    let (written, reference) = (text(first.path("run/recipe.toml")), text(repository().join("docs/recipe-reference.md")));
+    let page = reference.split("\n## Options of sd-scripts").next().unwrap_or_default();
+    let mut section = "";
+    let mut keys = 0;
+    for line in page.lines() {
+        section = line.strip_prefix("## ").unwrap_or(section);
+        let Some(key) = line.strip_prefix("| `").and_then(|l| l.split('`').next()) else { continue };
+        // Prompts here are texts; what only an index of posts has stands in recipes with an index.
+        if section.starts_with("Tables in") || ["index", "selection", "caption_rules"].contains(&key) {
+            continue;
+        }
+        keys += 1;
+        let stands = |form: &str| written.lines().any(|l| l.starts_with(form));
+        assert!(stands(&format!("{key} = ")) || stands(&format!("# {key} is not set")), "{section}: {key}");
+    }
+    assert!(keys > 90, "the reference page was not understood: {keys} keys");
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let (reference, _) = finished();
+    let world = World::new("threads");
+    for threads in ["2", "3"] {
+        world.train(&[&format!("train.threads={threads}"), &format!("output.dir=run{threads}")]).good();
+        for file in ["adapter.safetensors", "optimizer.safetensors", "state.json"] {
+            assert_same_file(checkpoint(&reference.run(), 7).join(file), checkpoint(&world.path(&format!("run{threads}")), 7).join(file));
+        }
+    }
+}
+
+#[test]
+fn gradient_checkpointing_changes_no_weight_under_lion() {
+    // A recomputed block adds up the gradient of its input before it is added to that of the input's other users: another order, so
+    // the optimizer's state may differ in its last bits, and the weights only where a sum is so near zero that its sign turns.
+    let (reference, _) = finished();
+    let world = World::new("gradient-checkpointing");
+    world.train(&["train.gradient_checkpointing=true"]).good();
+    let at = |w: &World, file: &str| tensors(checkpoint(&w.run(), 7).join(file));
+    assert!(at(reference, "adapter.safetensors") == at(&world, "adapter.safetensors"), "the adapters differ");
+    let (a, b) = (at(reference, "optimizer.safetensors"), at(&world, "optimizer.safetensors"));
+    for (name, a) in &a {
+        let (a, b) = (a.floats(), b[name].floats());
+        let largest = a.iter().fold(0f32, |m, v| m.max(v.abs()));
+        // Seven steps of rounding, in f32.
+        let worst = a.iter().zip(&b).fold(0f32, |m, (x, y)| m.max((x - y).abs()));
+        assert!(worst <= 1e-4 * largest, "{name}: {worst} of {largest}");
+    }
+}
+
+#[test]
+fn the_quickstart_trains_its_model() {
+    let out = World::new("quickstart");
+    let dir = format!("output.dir={}", out.run().display());
+    let short = ["train.max_train_steps=2", "train.lr_warmup_steps=1", "sample.steps=2", "sample.sample_at_first=false", &dir];
+    let mut args = vec!["train", "--config", "configs/quickstart.toml"];
+    short.iter().for_each(|s| args.extend(["--set", s]));
+    let ran = lokr(&repository(), &args).ended_with(0);
+    assert_eq!(steps_in_metrics(&out.run()), [1, 2], "{}", ran.all());
+    assert!(listing(out.run()).contains(&"kohaku.safetensors".to_string()), "{}", ran.all());
+}
