@@ -8,15 +8,9 @@
 
 mod support;
 
-mod bad_base;
-mod bad_pictures;
-mod bad_recipe;
 mod damage;
 mod disk;
-mod export;
-mod house;
 mod interrupted;
 mod recipe_change;
 mod resume;
-mod sample;
 mod train;
