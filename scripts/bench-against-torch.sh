@@ -1,8 +1,8 @@
 #!/bin/sh
 # Times our training step and single ops against PyTorch on the CPU, alternately, and prints the ratio of the medians.
 #
-#   scripts/bench-against-torch.sh step --config mid [--against bypass,default,bf16-bypass] [--rounds 3] [--checkpointing]
-#   scripts/bench-against-torch.sh ops [--only conv] [--rounds 3]
+#   scripts/bench-against-torch.sh step --config mid [--against bypass,default,bf16-bypass] [--rounds 7] [--checkpointing]
+#   scripts/bench-against-torch.sh ops [--only conv] [--rounds 7]
 #
 # PyTorch is installed once (about 3 GB) into LOKR_TORCH_VENV, by default a folder of the user's cache. Run it on an
 # otherwise idle machine; see docs/benchmarks.md.

@@ -1,6 +1,6 @@
 //! What the benches and the two programs beside them measure: one training step of a small UNet ([`step`]) and the single
 //! ops ([`cases`]), with what they share: a base model of random weights ([`model`]) and the memory of the process
-//! ([`memory`]).
+//! ([`memory`]), and timing on request ([`request`]).
 //!
 //! The PyTorch side lies in `benches/torch`; `scripts/bench-against-torch.sh` runs both alternately. Results and how to
 //! read them are in `docs/benchmarks.md`.
@@ -8,6 +8,7 @@
 pub mod cases;
 pub mod memory;
 pub mod model;
+pub mod request;
 pub mod step;
 
 use std::error::Error;

@@ -1,10 +1,10 @@
-"""Runs our program and the PyTorch one alternately and prints the medians of both and their ratio.
+"""Times our program and the PyTorch one alternately and prints the medians of both and their ratio.
 
-    python compare.py step|ops --ours PROGRAM [--rounds 3] [--bypass|--default] [arguments of both programs]
+    python compare.py step|ops --ours PROGRAM [--rounds 7] [--against bypass,default] [arguments of both programs]
 
-Other work on the machine spoils a comparison (PyTorch's threads wait for each other by spinning, and suffer more), so each
-run waits until the machine is idle, and the processor time that went to others during it is printed beside it; a run in
-which that was more than a tenth of a core is done again, a few times, and then kept with a mark."""
+All programs stay in memory and time one thing at a time on request. Other work on the machine would spoil that (PyTorch's
+threads wait for each other by spinning, and suffer more), so each request waits until the machine is idle, and one during
+which others took more than a tenth of a core is made again; what could not be had in time is said."""
 import argparse
 import json
 import os
@@ -18,83 +18,108 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 def busy():
-    """Processor seconds that all processes together have used."""
+    """Processor seconds that all processes together have used, those that a hypervisor took included."""
     with open("/proc/stat") as f:
-        fields = [int(v) for v in f.readline().split()[1:9]]
-    user, nice, system, _idle, _iowait, irq, soft, _steal = fields
-    return (user + nice + system + irq + soft) / TICK
+        user, nice, system, _idle, _iowait, irq, soft, steal = (int(v) for v in f.readline().split()[1:9])
+    return (user + nice + system + irq + soft + steal) / TICK
 
 
-def stolen():
-    with open("/proc/stat") as f:
-        return int(f.readline().split()[8]) / TICK
+class Program:
+    def __init__(self, name, command, threads):
+        self.name = name
+        self.process = subprocess.Popen(command + ["--on-request"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+        self.cases = self.read()["ready"]
+
+    def read(self):
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        sys.exit(f"{self.name}: the program ended")
+
+    def own(self):
+        with open(f"/proc/{self.process.pid}/stat") as f:
+            fields = f.read().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / TICK
+
+    def time(self, case):
+        """The reply, and how many cores' worth of other work there was meanwhile."""
+        before, own, start = busy(), self.own(), time.monotonic()
+        self.process.stdin.write(case + "\n")
+        self.process.stdin.flush()
+        reply = self.read()
+        seconds = time.monotonic() - start
+        return reply, max(0.0, busy() - before - (self.own() - own)) / seconds
+
+    def end(self):
+        """What the program says at its end."""
+        self.process.stdin.close()
+        rest = [json.loads(line) for line in self.process.stdout if line.startswith("{")]
+        self.process.wait()
+        return rest[-1] if rest else {}
 
 
-def wait_for_idle(limit, patience):
-    began = time.monotonic()
-    while time.monotonic() - began < patience:
+def wait_for_idle(limit, until):
+    while time.monotonic() < until:
         before = busy()
-        time.sleep(2)
-        if (busy() - before) / 2 < limit:
+        time.sleep(0.3)
+        if (busy() - before) / 0.3 <= limit:
             return
 
 
-def run(command, a):
-    for attempt in range(a.attempts):
-        wait_for_idle(a.foreign, a.patience)
-        before, start, used, steal = busy(), time.monotonic(), os.times(), stolen()
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=dict(os.environ, OMP_NUM_THREADS=str(a.threads)))
-        seconds, now = time.monotonic() - start, os.times()
-        own = now.children_user - used.children_user + now.children_system - used.children_system
-        foreign = max(0.0, (busy() - before - own) / seconds)
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        if foreign < a.foreign:
-            break
-        print(f"  (attempt {attempt + 1}: {foreign:.2f} cores' worth of other work)", file=sys.stderr)
-    return lines, foreign, (stolen() - steal) / seconds
+def measure(program, case, a, until):
+    while True:
+        wait_for_idle(a.foreign, until)
+        reply, foreign = program.time(case)
+        # A tick is ten milliseconds: over a short time a single one would look like much.
+        if foreign <= max(a.foreign, 0.02 / max(reply["seconds"], 1e-3)) or time.monotonic() > until:
+            return reply, foreign
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["step", "ops"])
     parser.add_argument("--ours", required=True, help="our program, built")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--foreign", type=float, default=0.1, help="cores' worth of other work that a run may see")
-    parser.add_argument("--attempts", type=int, default=3, help="how often a disturbed run is tried")
-    parser.add_argument("--patience", type=float, default=600, help="seconds to wait for an idle machine")
+    parser.add_argument("--foreign", type=float, default=0.1, help="cores' worth of other work that a measurement may see")
+    parser.add_argument("--patience", type=float, default=1800, help="seconds after which disturbed measurements are taken too")
     parser.add_argument("--against", default="bypass", help="step: comma-separated of default, bypass, bf16, bf16-bypass")
     a, rest = parser.parse_known_args()
-    threads = ["--threads", str(a.threads)]
-    theirs = [sys.executable, os.path.join(HERE, f"{a.what}.py"), *threads, *rest]
-    ours = {"lokr": [a.ours, *threads, *rest]}
+    common = ["--threads", str(a.threads), *rest]
+    theirs = [sys.executable, os.path.join(HERE, f"{a.what}.py"), *common]
+    programs = [Program("lokr", [a.ours, *common], a.threads)]
     if a.what == "step":
         flags = {"default": [], "bypass": ["--bypass"], "bf16": ["--dtype", "bf16"], "bf16-bypass": ["--bypass", "--dtype", "bf16"]}
-        others = {f"torch {name}": theirs + flags[name] for name in a.against.split(",")}
+        programs += [Program(f"torch {name}", theirs + flags[name], a.threads) for name in a.against.split(",")]
     else:
-        others = {"torch": theirs}
-    results = {}
-    for i in range(a.rounds):
-        for name, command in {**ours, **others}.items():
-            lines, foreign, steal = run(command, a)
-            mark = " disturbed" if foreign >= a.foreign else ""
-            for line in lines:
-                results.setdefault(line.get("op", "step"), {}).setdefault(name, []).append(line)
+        programs.append(Program("torch", theirs, a.threads))
+    until = time.monotonic() + a.patience
+    disturbed = []
+    scale, unit = (1, "s") if a.what == "step" else (1000, "ms")
+    for case in programs[0].cases:
+        sides = [p for p in programs if case in p.cases]
+        times = {p.name: [] for p in sides}
+        for i in range(a.rounds):
+            for p in sides:
+                reply, foreign = measure(p, case, a, until)
+                times[p.name].append(reply["seconds"] * scale)
+                disturbed += [foreign] if foreign > a.foreign and reply["seconds"] > 0.3 else []
                 if a.what == "step":
-                    memory = f"{line['peak_rss_mib']} MiB"
-                    print(f"round {i + 1}  {name:18}  {line['median_s']:8.4f} s  {memory:>9}  others {foreign:.2f}  stolen {steal:.2f}{mark}", flush=True)
-            if a.what == "ops":
-                print(f"round {i + 1}  {name:18}  others {foreign:.2f}  stolen {steal:.2f}{mark}", flush=True)
-    key, unit = ("median_s", "s") if a.what == "step" else ("median_ms", "ms")
-    print()
-    for op, by_program in results.items():
-        middle = {name: statistics.median(line[key] for line in lines) for name, lines in by_program.items()}
-        mine = middle.pop("lokr", None)
-        if mine is None:
-            continue
-        rest = by_program["lokr"][-1]
-        rate = next((f"  {rest[k]:8.1f} {label}" for k, label in [("gflops", "GFLOP/s"), ("gbytes_per_s", "GB/s")] if k in rest), "")
-        print(f"{op:34} lokr {mine:9.4g} {unit}{rate}" + "".join(f"   {n} {s:9.4g} {unit}  ratio {mine / s:.2f}" for n, s in middle.items()))
+                    print(f"round {i + 1}  {p.name:18} {reply['seconds']:8.3f} s   others {foreign:.2f}", flush=True)
+                if p is sides[0]:
+                    rates = [f"{reply[k]:7.1f} {label}" for k, label in [("gflops", "GFLOP/s"), ("gbytes_per_s", "GB/s")] if k in reply]
+        middle = {name: statistics.median(values) for name, values in times.items()}
+        mine = middle.pop("lokr")
+        others = "".join(f"   {n} {s:8.4g} {unit}  ratio {mine / s:.2f}" for n, s in middle.items())
+        print(f"{case:34} lokr {mine:8.4g} {unit} {' '.join(rates)}{others}", flush=True)
+    for p in programs:
+        end = p.end()
+        if "peak_rss_mib" in end:
+            more = f", {end['step_peak_rss_mib']} MiB after loading" if "step_peak_rss_mib" in end else ""
+            print(f"{p.name}: {end['base_parameters']} frozen and {end['lokr_parameters']} trained parameters, peak {end['peak_rss_mib']} MiB{more}")
+    if disturbed:
+        print(f"{len(disturbed)} measurements were taken beside other work of {min(disturbed):.1f} to {max(disturbed):.1f} cores")
 
 
 if __name__ == "__main__":

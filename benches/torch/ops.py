@@ -3,6 +3,7 @@ cases (`cargo run --release -p benches --bin ops`). Weights are frozen: only inp
 import argparse
 import json
 import statistics
+import sys
 import time
 
 import torch
@@ -56,19 +57,28 @@ def main():
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="")
+    parser.add_argument("--on-request", action="store_true", help="time one op for each line of standard input, which names it")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    for name, run in cases():
-        if a.only not in name:
-            continue
+    known = {name: run for name, run in cases() if a.only in name}
+
+    def timed(name):
         times = []
         for i in range(a.runs + 2):
             start = time.perf_counter()
-            run()
+            known[name]()
             if i >= 2:
                 times.append(time.perf_counter() - start)
-        print(json.dumps({"program": "torch", "op": name, "threads": a.threads, "median_ms": round(statistics.median(times) * 1e3, 3)}))
+        return json.dumps({"program": "torch", "op": name, "threads": a.threads, "seconds": statistics.median(times)})
+
+    if a.on_request:
+        print(json.dumps({"ready": list(known)}), flush=True)
+        for line in sys.stdin:
+            print(timed(line.strip()), flush=True)
+    else:
+        for name in known:
+            print(timed(name))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import logging
 import resource
 import statistics
+import sys
 import tempfile
 import time
 
@@ -41,6 +42,7 @@ def main():
     parser.add_argument("--bypass", action="store_true", help="LyCORIS's bypass_mode: no weight is rebuilt")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="bf16: by autocast")
+    parser.add_argument("--on-request", action="store_true", help="time a step for each line of standard input")
     a = parser.parse_args()
 
     import bitsandbytes
@@ -56,7 +58,8 @@ def main():
     timesteps = torch.randint(1000, (a.batch,))
     context, condition = torch.randn(a.batch, 77, shape.context), torch.randn(a.batch, shape.condition)
     times = []
-    for _ in range(a.steps + 1):
+
+    def step():
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, a.dtype == "bf16"):
             prediction = unet(latents, timesteps, context, condition)
@@ -65,6 +68,17 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - start)
+        return loss
+
+    loss = step()
+    if a.on_request:
+        print(json.dumps({"ready": ["step"]}), flush=True)
+        for _ in sys.stdin:
+            loss = step()
+            print(json.dumps({"seconds": times[-1]}), flush=True)
+    else:
+        for _ in range(a.steps):
+            loss = step()
     print(json.dumps({
         "program": "torch",
         "config": a.config,
@@ -76,7 +90,7 @@ def main():
         "path": "bypass" if a.bypass else "default",
         "base_parameters": base,
         "lokr_parameters": sum(p.numel() for p in network.parameters()),
-        "steps": a.steps,
+        "steps": len(times) - 1,
         "median_s": round(statistics.median(times[1:]), 4),
         "min_s": round(min(times[1:]), 4),
         "first_s": round(times[0], 4),

@@ -39,9 +39,13 @@ fn a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken() {
         let warnings = ran.warnings();
         let named = format!("warning: passed over checkpoint `run/checkpoints/step-00000004`: {why}");
         // A flipped bit of the manifest is in the hash of the file in its middle.
-        let fits = warnings[0].starts_with(&named) || (file == FILES[4] && warnings[0].contains("step-00000004`: ") && warnings[0].contains(why));
+        let fits =
+            warnings[0].starts_with(&named) || (file == FILES[4] && warnings[0].contains("step-00000004`: ") && warnings[0].contains(why));
         assert!(fits, "{file} {how:?}: {}", ran.all());
-        assert_eq!(warnings[1..], ["warning: a checkpoint that this run does not go on from is kept as run/checkpoints/passed-over-00000004"]);
+        assert_eq!(
+            warnings[1..],
+            ["warning: a checkpoint that this run does not go on from is kept as run/checkpoints/passed-over-00000004"]
+        );
         assert!(ran.out.contains("resuming from run/checkpoints/step-00000002: 2 of 4 steps done, 2 remain"), "{}", ran.all());
         assert_same_folder(checkpoint(&good, 4), &newest);
         assert_eq!(steps_in_metrics(&world.run()), [1, 2, 3, 4]);

@@ -27,7 +27,9 @@ fn a_full_disk_is_named_and_what_was_saved_before_stays_good() {
     // One save takes a checkpoint and an adapter of about this size; the disk holds one save, and then some of another.
     let save: u64 = listing(checkpoint(&whole.run(), 7)).iter().map(|f| bytes(checkpoint(&whole.run(), 7).join(f)).len() as u64).sum();
     let adapter = bytes(whole.run().join("shapes.safetensors")).len() as u64;
-    for (n, room) in [save / 2, save + adapter + adapter / 2, 2 * save + adapter, 2 * save + 2 * adapter + adapter / 2].into_iter().enumerate() {
+    for (n, room) in
+        [save / 2, save + adapter + adapter / 2, 2 * save + adapter, 2 * save + 2 * adapter + adapter / 2].into_iter().enumerate()
+    {
         let (saved, size) = (format!("saved-{n}"), room / 1024);
         let before = format!("mkdir -p disk && mount -t tmpfs -o size={size}k tmpfs disk");
         let after = format!("cp -r disk/run {saved}");

@@ -75,7 +75,8 @@ fn a_signal_before_the_first_step_loses_nothing_and_doubles_nothing() {
     assert!(ran.out.contains("stopped after step 0 of 16"), "{}", ran.all());
     world.train(&set).good();
     assert_ended_alike(&world);
-    let validated: Vec<_> = metrics(&world.run()).iter().filter(|l| l.get("validation_loss").is_some()).map(|l| l["step"].as_u64()).collect();
+    let validated: Vec<_> =
+        metrics(&world.run()).iter().filter(|l| l.get("validation_loss").is_some()).map(|l| l["step"].as_u64()).collect();
     assert_eq!(validated, [Some(0), Some(16)], "each validation once");
 }
 

@@ -8,9 +8,15 @@
 
 mod support;
 
+mod bad_base;
+mod bad_pictures;
+mod bad_recipe;
 mod damage;
 mod disk;
+mod export;
+mod house;
 mod interrupted;
 mod recipe_change;
 mod resume;
+mod sample;
 mod train;

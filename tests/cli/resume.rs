@@ -13,7 +13,8 @@ fn stop_after_each_step(name: &str, set: &[&str], eight_bit: bool) {
         if steps == 1 {
             assert!(resumed.is_empty(), "{}", ran.all());
         } else {
-            let what = format!("resuming from run/checkpoints/step-{:08}: {} of {steps} steps done, 1 remain; next: epoch ", steps - 1, steps - 1);
+            let what =
+                format!("resuming from run/checkpoints/step-{:08}: {} of {steps} steps done, 1 remain; next: epoch ", steps - 1, steps - 1);
             assert!(resumed.len() == 1 && resumed[0].starts_with(&what), "{}", ran.all());
         }
     }

@@ -68,7 +68,8 @@ fn a_checkpoint_has_a_manifest_with_the_length_and_hash_of_each_file() {
 #[test]
 fn the_adapter_holds_the_masters_of_the_last_checkpoint_and_tells_of_the_run() {
     let (world, _) = finished();
-    let (adapter, masters) = (tensors(world.path("run/shapes.safetensors")), tensors(checkpoint(&world.run(), 7).join("adapter.safetensors")));
+    let (adapter, masters) =
+        (tensors(world.path("run/shapes.safetensors")), tensors(checkpoint(&world.run(), 7).join("adapter.safetensors")));
     for (name, master) in &masters {
         assert_eq!(adapter.get(name), Some(master), "{name}");
     }

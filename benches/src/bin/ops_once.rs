@@ -4,9 +4,10 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use benches::{Result, cases, in_pool, median};
+use benches::cases::{self, Case};
+use benches::{Result, in_pool, median, request};
 use clap::Parser;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// The allocator of the `lokr` binary.
 #[global_allocator]
@@ -24,6 +25,9 @@ struct Args {
     /// Only ops whose name contains this.
     #[arg(long, default_value = "")]
     only: String,
+    /// Time one op for each line of standard input, which names it.
+    #[arg(long)]
+    on_request: bool,
 }
 
 fn main() -> ExitCode {
@@ -38,24 +42,36 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    for mut case in cases::all()?.into_iter().filter(|case| case.name.contains(&args.only)) {
-        let mut times = Vec::with_capacity(args.runs);
-        for i in 0..args.runs + 2 {
-            let start = Instant::now();
-            (case.run)()?;
-            if i >= 2 {
-                times.push(start.elapsed().as_secs_f64());
-            }
-        }
-        let seconds = median(&times);
-        let line = json!({
-            "program": "lokr",
-            "op": case.name,
-            "threads": rayon::current_num_threads(),
-            "median_ms": (seconds * 1e6).round() / 1e3,
-            case.work.unit(): (case.work.rate(seconds) * 10.0).round() / 10.0,
-        });
-        println!("{line}");
+    let mut cases: Vec<Case> = cases::all()?.into_iter().filter(|case| case.name.contains(&args.only)).collect();
+    let names: Vec<&str> = cases.iter().map(|case| case.name).collect();
+    let mut timed = |name: &str| {
+        let case = cases.iter_mut().find(|case| case.name == name).ok_or_else(|| format!("there is no op {name}"))?;
+        time(case, args.runs)
+    };
+    if args.on_request {
+        return request::serve(&names, timed);
+    }
+    for name in &names {
+        println!("{}", timed(name)?);
     }
     Ok(())
+}
+
+fn time(case: &mut Case, runs: usize) -> Result<Value> {
+    let mut times = Vec::with_capacity(runs);
+    for i in 0..runs + 2 {
+        let start = Instant::now();
+        (case.run)()?;
+        if i >= 2 {
+            times.push(start.elapsed().as_secs_f64());
+        }
+    }
+    let seconds = median(&times);
+    Ok(json!({
+        "program": "lokr",
+        "op": case.name,
+        "threads": rayon::current_num_threads(),
+        "seconds": seconds,
+        case.work.unit(): (case.work.rate(seconds) * 10.0).round() / 10.0,
+    }))
 }

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use benches::model::Config;
 use benches::step::{Setup, Step};
-use benches::{Result, in_pool, median, memory};
+use benches::{Result, in_pool, median, memory, request};
 use clap::{Parser, ValueEnum};
 use lokr::functional::Path;
 use serde_json::json;
@@ -40,6 +40,9 @@ struct Args {
     /// How adapted layers are computed.
     #[arg(long, default_value = "auto")]
     path: Way,
+    /// Time a step for each line of standard input, and print the JSON line when it ends.
+    #[arg(long)]
+    on_request: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -87,10 +90,19 @@ fn run(args: &Args) -> Result<String> {
     memory::reset_peak();
     let loaded = memory::resident_mib();
     let (mut times, mut loss) = (Vec::new(), 0.0);
-    for _ in 0..=args.steps {
+    let mut timed = || -> Result<f64> {
         let start = Instant::now();
         loss = step.run()?;
         times.push(start.elapsed().as_secs_f64());
+        Ok(times[times.len() - 1])
+    };
+    timed()?;
+    if args.on_request {
+        request::serve(&["step"], |_| Ok(json!({ "seconds": timed()? })))?;
+    } else {
+        for _ in 0..args.steps {
+            timed()?;
+        }
     }
     let step_peak = memory::peak_mib();
     let line = json!({
@@ -104,7 +116,7 @@ fn run(args: &Args) -> Result<String> {
         "path": way,
         "base_parameters": step.base_parameters(),
         "lokr_parameters": step.lokr_parameters(),
-        "steps": args.steps,
+        "steps": times.len() - 1,
         "median_s": round(median(&times[1..])),
         "min_s": round(times[1..].iter().copied().fold(f64::INFINITY, f64::min)),
         "first_s": round(times[0]),

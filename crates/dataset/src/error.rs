@@ -208,7 +208,7 @@ impl Error {
 fn sqlite_hint(error: &rusqlite::Error) -> Option<String> {
     use rusqlite::ErrorCode::{DatabaseBusy, DatabaseCorrupt, DatabaseLocked, DiskFull, NotADatabase};
     Some(match error.sqlite_error_code()? {
-        DatabaseBusy | DatabaseLocked => "another process is writing to it: wait until it is done".into(),
+        DatabaseBusy | DatabaseLocked => "another process is using it, a build or a run: wait until it is done".into(),
         DiskFull => "the disk is full: free some space and run it again, it goes on where it was".into(),
         DatabaseCorrupt => "the file is damaged: delete it and build it again".into(),
         NotADatabase => "the file is no SQLite database: check its name".into(),

@@ -37,6 +37,10 @@ pub(super) fn open_for_reading(path: &Path) -> Result<Connection> {
     let connection = Connection::open_with_flags(path, flags).map_err(failed())?;
     connection.busy_timeout(Duration::from_secs(10)).map_err(failed())?;
     check_form(&connection, path)?;
+    // One transaction for as long as it is open: nothing is locked and looked up anew for each image, and no build can
+    // change the index under a run.
+    connection.execute_batch("BEGIN").map_err(failed())?;
+    connection.set_prepared_statement_cache_capacity(32);
     Ok(connection)
 }
 

@@ -270,9 +270,13 @@ fn webdataset_shards_with_their_texts() {
     assert_eq!(text, "c d, |||explicit, nsfw");
     // By names, the pictures have other ids.
     let named = dir.path().join("n.sqlite");
-    let options = BuildOptions { ids: Ids::Names, ..options(&named, vec![Source::Tars { path: dir.path().join("s") }]) };
-    index::build(&options, &mut go_on).unwrap();
+    let by_names = BuildOptions { ids: Ids::Names, ..options(&named, vec![Source::Tars { path: dir.path().join("s") }]) };
+    index::build(&by_names, &mut go_on).unwrap();
     assert_eq!(Index::open(&named).unwrap().scan(|r| Some(r.id)).unwrap(), [1, 2, 3, 4]);
+    // What is being read cannot be changed.
+    let busy = index::build(&options(&path, vec![]), &mut go_on).unwrap_err();
+    assert!(super::chain(&busy).contains("locked") && busy.hint().unwrap().contains("another process"), "{busy}");
+    drop(index);
     // A shard that is replaced is read again, and its pictures keep their ids.
     std::fs::write(dir.path().join("s/01.tar"), &two).unwrap();
     let again = build(&path, vec![]);
