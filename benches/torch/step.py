@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--bypass", action="store_true", help="LyCORIS's bypass_mode: no weight is rebuilt")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="bf16: by autocast")
-    parser.add_argument("--on-request", action="store_true", help="time a step for each line of standard input")
+    parser.add_argument("--on-request", action="store_true", help="run two steps for each line of standard input, time the second")
     a = parser.parse_args()
 
     import bitsandbytes
@@ -74,6 +74,7 @@ def main():
     if a.on_request:
         print(json.dumps({"ready": ["step"]}), flush=True)
         for _ in sys.stdin:
+            step()
             loss = step()
             print(json.dumps({"seconds": times[-1]}), flush=True)
     else:

@@ -320,13 +320,13 @@ fn ranges_and_prefixes() {
     let path = dir.path().join("a.bin");
     fs::write(&path, (0..=255).collect::<Vec<u8>>()).unwrap();
     assert_eq!(storage::read_range(&path, 10, 3).unwrap(), [10, 11, 12]);
-    assert_eq!(storage::read_range(&path, 256, 0).unwrap(), []);
+    assert_eq!(storage::read_range(&path, 256, 0).unwrap(), [0u8; 0]);
     assert_eq!(storage::read_prefix(&path, 2).unwrap(), [0, 1]);
     assert_eq!(storage::read_prefix(&path, 1 << 40).unwrap().len(), 256);
     let mut reader = storage::RangeReader::open(&path).unwrap();
     assert_eq!((reader.file_len(), reader.read(255, 1).unwrap(), reader.read(0, 1).unwrap()), (256, vec![255], vec![0]));
     assert_eq!(reader.read_up_to(250, 100).unwrap().len(), 6);
-    assert_eq!(reader.read_up_to(u64::MAX, 100).unwrap(), []);
+    assert_eq!(reader.read_up_to(u64::MAX, 100).unwrap(), [0u8; 0]);
     assert_eq!(storage::stamp(&path).unwrap().len, 256);
 }
 

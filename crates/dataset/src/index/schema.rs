@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
 use crate::{Error, Result};
@@ -37,6 +38,7 @@ pub(super) fn open_for_reading(path: &Path) -> Result<Connection> {
     let connection = Connection::open_with_flags(path, flags).map_err(failed())?;
     connection.busy_timeout(Duration::from_secs(10)).map_err(failed())?;
     check_form(&connection, path)?;
+    keep_plans(&connection).map_err(failed())?;
     // One transaction for as long as it is open: nothing is locked and looked up anew for each image, and no build can
     // change the index under a run.
     connection.execute_batch("BEGIN").map_err(failed())?;
@@ -49,6 +51,7 @@ pub(super) fn open_for_building(path: &Path) -> Result<Connection> {
     let failed = || Error::sqlite("write the index", path);
     let connection = Connection::open(path).map_err(failed())?;
     let setup = || -> rusqlite::Result<bool> {
+        keep_plans(&connection)?;
         connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         // Bulk appends touch few pages that existed before, so little goes through the journal.
         connection.pragma_update(None, "journal_mode", "TRUNCATE")?;
@@ -68,6 +71,12 @@ pub(super) fn open_for_building(path: &Path) -> Result<Connection> {
         check_form(&connection, path)?;
     }
     Ok(connection)
+}
+
+/// Without this, a prepared statement is parsed and planned anew whenever another value is bound to it (SQLite with STAT4),
+/// which costs more than a lookup.
+fn keep_plans(connection: &Connection) -> rusqlite::Result<()> {
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true).map(drop)
 }
 
 fn check_form(connection: &Connection, path: &Path) -> Result<()> {
