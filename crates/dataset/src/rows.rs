@@ -22,6 +22,8 @@ pub struct SampleRow {
 }
 
 /// Samples of one or more subsets.
+// There is one for each subset: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub(crate) enum Segment {
     /// Of folders.

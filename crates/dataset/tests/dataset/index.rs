@@ -246,7 +246,7 @@ fn webdataset_shards_with_their_texts() {
     let one = shard(&[
         ("x/1.png", &image),
         ("x/1.txt", b"a caption"),
-        ("2.json", br#"{"tag_string_character": "c_d", "rating": "e"}"#),
+        ("2.json", br#"{"tag_string_character": "cc_dd", "rating": "e"}"#),
         ("2.png", &image),
     ]);
     let two = shard(&[("3.jpg", b"no picture"), ("4.png", &image), ("5.png", &image)]);
@@ -267,7 +267,7 @@ fn webdataset_shards_with_their_texts() {
     assert_eq!(index.post(1).unwrap().caption.as_deref(), Some("a caption"));
     let post = index.post(2).unwrap();
     let text = Captioner::new(CaptionRules::load("kohaku-epsilon").unwrap(), index.tags().unwrap().clone()).text(&post);
-    assert_eq!(text, "c d, |||explicit, nsfw");
+    assert_eq!(text, "cc dd, |||explicit, nsfw");
     // By names, the pictures have other ids.
     let named = dir.path().join("n.sqlite");
     let by_names = BuildOptions { ids: Ids::Names, ..options(&named, vec![Source::Tars { path: dir.path().join("s") }]) };
