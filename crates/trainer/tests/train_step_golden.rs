@@ -124,7 +124,8 @@ fn run(kind: OptimizerKind, name: &str, untransposed: bool, weights: Option<(&st
             }
             let (norm, bad) = step::gradient_norm(&trained).unwrap();
             assert_eq!(bad, None);
-            if let Some(want) = norms[s].as_f64() {
+            // Of the `untransposed` run only the losses are meant to be compared (tests/golden/README.md).
+            if let Some(want) = norms[s].as_f64().filter(|_| !untransposed) {
                 let bound = if kind == OptimizerKind::Lion { 1e-4 } else { 2e-2 };
                 assert!((norm / want - 1.0).abs() < bound, "{name} step {s}: gradient norm {norm} against {want}");
             }
