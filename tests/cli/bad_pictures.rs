@@ -13,7 +13,10 @@ fn refused(world: &World, folder: &str) -> String {
 
 #[test]
 fn a_missing_folder_is_named() {
-    assert_snapshot!(refused(&World::new("pictures-missing"), "my pictures"), @"");
+    assert_snapshot!(refused(&World::new("pictures-missing"), "my pictures"), @r#"
+    error: dataset.subsets[0].image_dir = "my pictures" does not exist
+    hint: relative paths start at the current folder, [folder]: go to another one or correct dataset.subsets[0].image_dir
+    "#);
 }
 
 #[test]
@@ -21,7 +24,7 @@ fn a_folder_without_pictures_is_named() {
     let world = World::new("pictures-none");
     std::fs::create_dir(world.path("empty")).expect("a folder");
     std::fs::write(world.path("empty/notes.txt"), "no picture").expect("written");
-    assert_snapshot!(refused(&world, "empty"), @"");
+    assert_snapshot!(refused(&world, "empty"), @"error: subsets[0].image_dir = `empty` holds no image (png, jpg, jpeg, webp, bmp)");
 }
 
 /// A folder with two broken pictures among nine good ones: one that is no picture, and one that is cut short.
@@ -38,24 +41,44 @@ fn broken(name: &str) -> World {
 
 #[test]
 fn broken_pictures_are_named_counted_and_left_out() {
-    for cached in ["true", "false"] {
+    let [cached, uncached] = ["true", "false"].map(|cached| {
         let world = broken(&format!("pictures-broken-{cached}"));
         let ran = world.train(&["train.max_train_steps=3", &format!("dataset.cache_latents={cached}")]).ended_with(0);
-        let start = ran.out.split("part ").next().unwrap_or_default();
-        assert_snapshot!(format!("cached_{cached}"), start);
+        // That a picture is cut short shows when it is decoded.
         assert!(ran.warnings().iter().any(|w| w.contains("pictures/torn.png") && w.contains("cut short")), "{}", ran.all());
         assert_eq!(steps_in_metrics(&world.run()), [1, 2, 3]);
-    }
+        ran.out.split("part ").next().unwrap_or_default().to_string()
+    });
+    assert_snapshot!(cached, @"
+    images: 11 found, 10 used, 10 visits per epoch
+    captions: 10 from files
+    left out, image not usable: 1
+      pictures/not-a-picture.png: the content is not png, jpeg, webp or bmp
+    buckets: 2
+        32x96         4 images        4 visits  crop loss 15.8 %
+        64x64         6 images        6 visits  crop loss  0.0 %
+    ");
+    assert_eq!(cached, uncached);
 }
 
 #[test]
 fn broken_pictures_end_the_run_if_asked() {
     let world = broken("pictures-broken-fail");
     let err = world.train(&["dataset.on_broken_image=fail"]).refusal();
-    assert_snapshot!(err, @"");
+    assert_snapshot!(err, @r#"
+    error: image `pictures/not-a-picture.png` cannot be used
+      because: the content is not png, jpeg, webp or bmp
+    hint: repair or remove the file, or set on_broken_image = "skip" to leave such files out
+    "#);
     std::fs::remove_file(world.path("pictures/not-a-picture.png")).expect("removed");
-    let err = world.train(&["dataset.on_broken_image=fail"]).refusal();
-    assert_snapshot!(err, @"");
+    // That a picture is cut short shows when it is decoded, which the dataset tells as well.
+    let err = world.train(&["dataset.on_broken_image=fail"]).ended_with(1).err;
+    assert_snapshot!(err, @r#"
+     WARN image `pictures/torn.png` cannot be used: cut short: the png data ends before the picture does
+    error: image `pictures/torn.png` cannot be used
+      because: cut short: the png data ends before the picture does
+    hint: repair or remove the file, or set on_broken_image = "skip" to leave such files out
+    "#);
     assert!(!world.run().join("checkpoints").exists());
 }
 
@@ -66,14 +89,38 @@ fn empty_and_missing_captions_are_named_and_counted() {
     std::fs::write(world.path("pictures/02.txt"), " \n").expect("written");
     std::fs::remove_file(world.path("pictures/03.txt")).expect("removed");
     let ran = world.train(&["train.max_train_steps=1"]).good();
-    assert_snapshot!(ran.out.split("part ").next().unwrap_or_default(), @"");
+    assert_snapshot!(ran.out.split("part ").next().unwrap_or_default(), @"
+    images: 9 found, 9 used, 9 visits per epoch
+    captions: 6 from files
+    no caption file and no class_tokens, trained with an empty caption: 1
+      pictures/03.png
+    empty caption file: 2
+      pictures/01.png
+      pictures/02.png
+    buckets: 2
+        32x96         4 images        4 visits  crop loss 15.8 %
+        64x64         5 images        5 visits  crop loss  0.0 %
+    ");
 }
 
 #[test]
-fn a_caption_that_is_no_text_is_named_with_the_byte() {
+fn a_caption_that_is_no_text_is_named_with_the_byte_and_left_out_or_fatal() {
     let world = World::new("captions-bytes");
     std::fs::write(world.path("pictures/01.txt"), b"disk, caf\xe9").expect("written");
-    assert_snapshot!(masked(&world.train(&[]).refusal(), &world.folder), @"");
+    let ran = world.train(&["train.max_train_steps=1"]).good();
+    assert_snapshot!(ran.out.split("part ").next().unwrap_or_default(), @"
+    images: 9 found, 8 used, 8 visits per epoch
+    captions: 8 from files
+    left out, caption not readable: 1
+      pictures/01.txt: it is not UTF-8 (byte 9)
+    buckets: 2
+        32x96         3 images        3 visits  crop loss 15.8 %
+        64x64         5 images        5 visits  crop loss  0.0 %
+    ");
+    assert_snapshot!(world.train(&["output.dir=other", "dataset.on_broken_image=fail"]).refusal(), @r#"
+    error: caption `pictures/01.txt` cannot be used: it is not UTF-8 (byte 9)
+    hint: repair or remove the file, or set on_broken_image = "skip" to leave such files out
+    "#);
 }
 
 #[test]

@@ -58,7 +58,10 @@ fn a_damaged_checkpoint_that_is_asked_for_by_name_is_an_error() {
     damage(&checkpoint(&world.run(), 4).join("optimizer.safetensors"), Damage::Flip);
     let before = contents(world.run());
     let err = world.train_with(&[], &["--resume", "run/checkpoints/step-00000004"]).refusal();
-    insta::assert_snapshot!(err, @"");
+    insta::assert_snapshot!(err, @"
+    error: checkpoint `run/checkpoints/step-00000004`: optimizer.safetensors was altered since it was written
+    hint: resume from another checkpoint of the run, or from `latest`, which passes over damaged ones
+    ");
     assert!(before == contents(world.run()));
 }
 
@@ -72,7 +75,12 @@ fn with_every_checkpoint_damaged_each_is_named_and_kept_and_the_run_starts_at_it
     }
     let torn = bytes(checkpoint(&world.run(), 4).join("adapter.safetensors"));
     let ran = world.train(&["train.max_train_steps=4"]).good();
-    insta::assert_snapshot!(ran.warnings().join("\n"), @"");
+    insta::assert_snapshot!(ran.warnings().join("\n"), @"
+    warning: passed over checkpoint `run/checkpoints/step-00000004`: adapter.safetensors was altered since it was written
+    warning: passed over checkpoint `run/checkpoints/step-00000002`: adapter.safetensors was altered since it was written
+    warning: a checkpoint that this run does not go on from is kept as run/checkpoints/passed-over-00000002
+    warning: a checkpoint that this run does not go on from is kept as run/checkpoints/passed-over-00000004
+    ");
     assert!(ran.lines("resuming").is_empty(), "{}", ran.all());
     assert_eq!(steps_in_metrics(&world.run()), [1, 2, 3, 4]);
     for step in [2, 4] {

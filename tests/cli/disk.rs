@@ -13,10 +13,18 @@ fn a_read_only_folder_is_named() {
     std::fs::create_dir(world.path("disk")).expect("a folder");
     let before = "mount --bind disk disk && mount -o remount,ro,bind disk";
     let Some(ran) = lokr_in_namespace(&world.folder, before, &on_disk(&[]), "true") else { return };
-    insta::assert_snapshot!(ran.refusal(), @"");
+    insta::assert_snapshot!(ran.refusal(), @"
+    error: cannot create the folder `disk/run`
+      because: Read-only file system (os error 30)
+    hint: `disk/run` is on a read-only file system; choose another folder
+    ");
     std::fs::create_dir(world.path("disk/run")).expect("a folder");
     let Some(ran) = lokr_in_namespace(&world.folder, before, &on_disk(&[]), "true") else { return };
-    insta::assert_snapshot!(ran.refusal(), @"");
+    insta::assert_snapshot!(ran.refusal(), @"
+    error: cannot open the lock file `disk/run/run.lock`
+      because: Read-only file system (os error 30)
+    hint: `disk/run/run.lock` is on a read-only file system; choose another folder
+    ");
 }
 
 #[test]
@@ -58,5 +66,9 @@ fn a_merged_model_that_does_not_fit_on_the_disk_leaves_nothing() {
     let before = "mkdir -p disk && mount -t tmpfs -o size=2m tmpfs disk";
     let Some(ran) = lokr_in_namespace(&world.folder, before, &args, "ls -A disk") else { return };
     assert_eq!(ran.out, "", "the disk is empty afterwards");
-    insta::assert_snapshot!(ran.refusal(), @"");
+    insta::assert_snapshot!(ran.refusal(), @"
+    error: cannot write `disk/merged.safetensors`
+      because: No space left on device (os error 28)
+    hint: free some space on the disk that holds `disk`, or choose another folder
+    ");
 }

@@ -196,6 +196,6 @@ fn the_recipes_in_the_repository_are_understood_and_break_no_rule() {
         assert_eq!(complaints(recipe, &[]), [""; 0], "{}", recipe.display());
     }
     // A rule that is broken would be seen.
-    let broken = complaints(&recipes[0], &["train.max_train_epochs=3", "train.max_train_steps=3"]);
-    assert_eq!(broken.len(), 1, "{broken:?}");
+    let broken = complaints(&recipes[0], &["train.max_train_epochs=3", "train.max_train_steps=3000"]);
+    assert_eq!(broken, ["train.max_train_steps = 3000 and train.max_train_epochs = 3 both set the length of the run"]);
 }

@@ -2,7 +2,7 @@
 //!
 //! Every test works in a folder of its own under Cargo's folder for test files, with a few drawn pictures, a short recipe and the
 //! tiny model of `tests/golden`; only one uses the model of the quickstart. Messages are compared as a whole, with what varies
-//! masked: `INSTA_UPDATE=always cargo test --release -p end-to-end` writes the new ones into the sources, as a diff to read.
+//! masked; after a change of words, `cargo insta review` (crate `cargo-insta`) shows the differences and writes them into the sources.
 
 #![allow(clippy::disallowed_methods)]
 

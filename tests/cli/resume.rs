@@ -100,6 +100,9 @@ fn a_named_checkpoint_that_is_not_there_is_an_error() {
     let (finished, _) = finished();
     let before = contents(finished.run());
     let err = finished.train_with(PREVIEWS, &["--resume", "run/checkpoints/step-00000005"]).refusal();
-    insta::assert_snapshot!(err, @"");
+    insta::assert_snapshot!(err, @"
+    error: checkpoint `run/checkpoints/step-00000005`: no manifest (cannot read `run/checkpoints/step-00000005/manifest.json`)
+    hint: resume from another checkpoint of the run, or from `latest`, which passes over damaged ones
+    ");
     assert!(before == contents(finished.run()));
 }

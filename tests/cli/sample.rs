@@ -90,13 +90,38 @@ fn what_cannot_be_drawn_is_refused_with_the_way_out() {
         assert!(!world.path("out.png").exists());
         masked(&err, &world.folder)
     };
-    assert_snapshot!(refused(&["--width", "60", "--height", "64"]), @"");
-    assert_snapshot!(refused(&["--width", "0", "--height", "64"]), @"");
-    assert_snapshot!(refused(&["--steps", "0", "--width", "64", "--height", "64"]), @"");
-    assert_snapshot!(refused(&["--sampler", "eular"]), @"");
-    assert_snapshot!(refused(&["--count", "2"]), @"");
-    assert_snapshot!(refused(&["--lokr", "none.safetensors:0.5"]), @"");
-    assert_snapshot!(refused(&["--lokr", "none.safetensors:half"]), @"");
+    assert_snapshot!(refused(&["--width", "60", "--height", "64"]), @"
+    error: a picture of 60x64 cannot be drawn: sides must be multiples of 8
+    hint: take 64x64
+    ");
+    assert_snapshot!(refused(&["--width", "0", "--height", "64"]), @"
+    error: a picture of 0x64 cannot be drawn: sides must be multiples of 8
+    hint: take 8x64
+    ");
+    assert_snapshot!(refused(&["--steps", "0", "--width", "64", "--height", "64"]), @"
+    error: 0 sampling steps cannot be spaced over 1000 timesteps
+    hint: use between 1 and 999 steps; 20 to 40 are usual
+    ");
+    assert_snapshot!(refused(&["--sampler", "eular"]), @"
+    error: there is no sampler named `eular`
+    hint: choose one of euler, euler_ancestral, dpmpp_2m, ddim
+    ");
+    assert_snapshot!(refused(&["--count", "2"]), @"
+    error: --out out.png is one file, for 2 pictures
+    hint: give a folder
+    ");
+    assert_snapshot!(refused(&["--lokr", "none.safetensors:0.5"]), @"
+    error: cannot read `none.safetensors`
+      because: No such file or directory (os error 2)
+    hint: the path is relative to the current folder `[folder]`
+    ");
+    assert_snapshot!(refused(&["--lokr", "none.safetensors:half"]), @"
+    error: --lokr none.safetensors:half: there is no such file, and `half` is no strength
+    hint: write the file alone, or a number behind the colon: file.safetensors:0.8
+    ");
     let model = golden("tiny-sdxl.safetensors").display().to_string();
-    assert_snapshot!(refused(&["--lokr", &model]), @"");
+    assert_snapshot!(refused(&["--lokr", &model]), @"
+    error: [golden]/tiny-sdxl.safetensors: no LoKr tensors among its 971 tensors
+    hint: this looks like a whole model
+    ");
 }

@@ -14,15 +14,82 @@ fn in_order(ran: &Ran, folder: &std::path::Path) -> String {
 #[test]
 fn a_run_tells_what_it_derived_before_its_first_step_and_then_what_it_writes() {
     let (world, ran) = finished();
-    assert_snapshot!(in_order(ran, &world.folder), @"");
+    assert_snapshot!(in_order(ran, &world.folder), @"
+    images: 9 found, 9 used, 9 visits per epoch
+    captions: 9 from files
+    buckets: 2
+        32x96         4 images        4 visits  crop loss 15.8 %
+        64x64         5 images        5 visits  crop loss  0.0 %
+    part    modules  norms    parameters        lr  precision
+    te1          18      0         2,376      1e-4  f32
+    te2          24      0        12,384      1e-4  f32
+    unet        258      0       501,640      2e-4  f32
+    total       300      0       516,400
+    latents: 18 encoded
+    compute f32 on 1 threads; batch 2 x accumulation 2 = 4 images per step
+    5 batches and 3 steps per epoch; 7 steps in all (2.33 epochs)
+    Lion with 516,400 trained numbers; gradient checkpointing off
+    wrote preview run/previews/step-00000000_00.png
+    wrote preview run/previews/step-00000000_01.png
+    step 0: loss on 2 held-out pictures [loss]
+    step 1 loss [loss] lr 2.00e-4 [speed] images/s
+    step 2 loss [loss] lr 2.00e-4 [speed] images/s
+    wrote LoKr run/shapes-step00000002.safetensors
+    wrote preview run/previews/step-00000003_00.png
+    wrote preview run/previews/step-00000003_01.png
+    step 3: loss on 2 held-out pictures [loss]
+    step 4 loss [loss] lr 2.00e-4 [speed] images/s
+    wrote LoKr run/shapes-step00000004.safetensors
+    wrote LoKr run/shapes-step00000006.safetensors
+    wrote preview run/previews/step-00000006_00.png
+    wrote preview run/previews/step-00000006_01.png
+    step 6: loss on 2 held-out pictures [loss]
+    wrote LoKr run/shapes.safetensors
+    wrote preview run/previews/step-00000007_00.png
+    wrote preview run/previews/step-00000007_01.png
+    step 7: loss on 2 held-out pictures [loss]
+    wrote all previews run/previews.png
+    ");
     let written = ran.lines("wrote checkpoint").join("\n");
-    assert_snapshot!(written, @"");
+    assert_snapshot!(written, @"
+    wrote checkpoint run/checkpoints/step-00000002
+    wrote checkpoint run/checkpoints/step-00000004
+    wrote checkpoint run/checkpoints/step-00000006
+    wrote checkpoint run/checkpoints/step-00000007
+    ");
 }
 
 #[test]
 fn a_run_leaves_adapter_metrics_previews_checkpoints_and_recipe() {
     let (world, _) = finished();
-    assert_snapshot!(listing(world.run()).join("\n"), @"");
+    assert_snapshot!(listing(world.run()).join("\n"), @"
+    checkpoints/step-00000006/adapter.safetensors
+    checkpoints/step-00000006/manifest.json
+    checkpoints/step-00000006/optimizer.safetensors
+    checkpoints/step-00000006/recipe.toml
+    checkpoints/step-00000006/state.json
+    checkpoints/step-00000007/adapter.safetensors
+    checkpoints/step-00000007/manifest.json
+    checkpoints/step-00000007/optimizer.safetensors
+    checkpoints/step-00000007/recipe.toml
+    checkpoints/step-00000007/state.json
+    metrics.jsonl
+    previews.png
+    previews/step-00000000_00.png
+    previews/step-00000000_01.png
+    previews/step-00000003_00.png
+    previews/step-00000003_01.png
+    previews/step-00000006_00.png
+    previews/step-00000006_01.png
+    previews/step-00000007_00.png
+    previews/step-00000007_01.png
+    recipe.toml
+    run.lock
+    shapes-step00000002.safetensors
+    shapes-step00000004.safetensors
+    shapes-step00000006.safetensors
+    shapes.safetensors
+    ");
 }
 
 #[test]

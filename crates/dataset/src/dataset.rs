@@ -107,7 +107,7 @@ impl Dataset {
             let mut source = Indexed::open(path, subset, number, &mut report)?;
             report.images_found += source.rows.len();
             leave_out_misfits(config, &rule, &mut source, &mut report)?;
-            rows.push(Segment::Indexed { source, subset: number, repeats: subset.num_repeats });
+            rows.push(Segment::Indexed { source: Box::new(source), subset: number, repeats: subset.num_repeats });
         }
         if !listed.is_empty() {
             rows.push(Segment::Listed(listed));

@@ -22,14 +22,12 @@ pub struct SampleRow {
 }
 
 /// Samples of one or more subsets.
-// There is one for each subset: its size does not matter.
-#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub(crate) enum Segment {
     /// Of folders.
     Listed(Vec<Sample>),
     /// Of an index, for one subset.
-    Indexed { source: Indexed, subset: usize, repeats: u32 },
+    Indexed { source: Box<Indexed>, subset: usize, repeats: u32 },
 }
 
 /// A sample in its segment.

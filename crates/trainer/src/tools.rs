@@ -147,6 +147,23 @@ pub fn export_merged(r: &MergeRequest) -> Result<Merged> {
     export::write_merged(&checkpoint, &model, &r.out, &merge)
 }
 
+/// What the metadata of a run's own adapter tells of its pictures and its course. A checkpoint does not hold that: it is left out.
+const OF_THE_RUN: &[&str] = &[
+    "modelspec.date",
+    "ss_training_started_at",
+    "ss_training_finished_at",
+    "ss_session_id",
+    "ss_epoch",
+    "ss_num_train_images",
+    "ss_num_validation_images",
+    "ss_num_batches_per_epoch",
+    "ss_num_epochs",
+    "ss_max_train_steps",
+    "ss_datasets",
+    "ss_tag_frequency",
+    "ss_dataset_dirs",
+];
+
 /// Writes the adapter of a run's newest whole checkpoint, or of one checkpoint, and gives the checkpoint's folder.
 ///
 /// # Errors
@@ -169,7 +186,7 @@ pub fn export_lokr(run: &Path, out: &Path, precision: SavePrecision) -> Result<P
     found.restore_adapter(&trained)?;
     let facts = crate::metadata::RunFacts { steps: found.state.step, ..Default::default() };
     let mut metadata = crate::metadata::metadata(&config, &facts);
-    metadata.retain(|key, _| !key.starts_with("ss_training_") && key != "modelspec.date" && key != "ss_session_id");
+    metadata.retain(|key, _| !OF_THE_RUN.contains(&key.as_str()));
     export::write_lokr(&network, out, precision, &metadata)?;
     Ok(found.path)
 }

@@ -199,10 +199,11 @@ pub fn checkpoint(run: &Path, step: u64) -> PathBuf {
 /// Masks what depends on the machine or the moment: places, losses, speeds, process numbers.
 pub fn masked(text: &str, folder: &Path) -> String {
     let mut text = text.replace(&folder.display().to_string(), "[folder]");
+    text = text.replace(&super::tiny_base().display().to_string(), "[base]");
     text = text.replace(&super::golden("").display().to_string(), "[golden]/");
     text = text.replace(&super::repository().display().to_string(), "[repository]");
     for (pattern, by) in [
-        (r"loss \d\S*", "loss [loss]"),
+        (r"loss \d+\.\d{4}", "loss [loss]"),
         (r"pictures \d\.\d+", "pictures [loss]"),
         (r"[\d.]+ images/s", "[speed] images/s"),
         (r"process \d+", "process [pid]"),
