@@ -195,6 +195,11 @@ fn the_recipes_in_the_repository_are_understood_and_break_no_rule() {
     for recipe in &recipes {
         assert_eq!(complaints(recipe, &[]), [""; 0], "{}", recipe.display());
     }
+    // What `lokr recipe` prints is a recipe with gaps, no more.
+    let template = world.path("template.toml");
+    std::fs::write(&template, lokr(&world.folder, &["recipe"]).good().out).expect("written");
+    let gaps = complaints(&template, &["train.max_train_steps=10", "dataset.subsets[0].image_dir=pictures"]);
+    assert_eq!(gaps, [""; 0]);
     // A rule that is broken would be seen.
     let broken = complaints(&recipes[0], &["train.max_train_epochs=3", "train.max_train_steps=3000"]);
     assert_eq!(broken, ["train.max_train_steps = 3000 and train.max_train_epochs = 3 both set the length of the run"]);

@@ -14,6 +14,7 @@ mod bad_recipe;
 mod damage;
 mod disk;
 mod export;
+mod health;
 mod house;
 mod interrupted;
 mod recipe_change;

@@ -188,7 +188,7 @@ fn draw(folder: &Path, n: u32) {
     let names = ["red", "green", "blue", "white"];
     let colours = [[220, 40, 40], [40, 200, 60], [40, 60, 220], [240, 240, 240]];
     let (disk, ground) = (n as usize % 4, (n as usize / 4 + 1) % 4);
-    let (width, height) = if n % 2 == 0 { (64, 64) } else { (40, 100) };
+    let (width, height) = if n.is_multiple_of(2) { (64, 64) } else { (40, 100) };
     let picture = RgbImage::from_fn(width, height, |x, y| {
         let (dx, dy) = (x as i32 - width as i32 / 2 - n as i32, y as i32 - height as i32 / 2);
         Rgb(if dx * dx + dy * dy < 200 { colours[disk] } else { colours[ground].map(|c: u8| c / 2 + 20) })
