@@ -80,7 +80,13 @@ fn missing_and_unexpected_tensors_are_listed_with_their_shapes() {
     let at = from.windows(name.len()).position(|w| w == name).expect("the tensor is there");
     let renamed = [&from[..at], other, &from[at + name.len()..]].concat();
     std::fs::write(world.path("renamed.safetensors"), renamed).expect("written");
-    assert_snapshot!(refused(&world, "renamed.safetensors"), @"");
+    assert_snapshot!(refused(&world, "renamed.safetensors"), @"
+    error: `renamed.safetensors`: the unet does not fit
+      missing (1):
+        out.0.bias [16]
+      unexpected (1):
+        out.9.bias [16]
+    ");
 }
 
 #[test]

@@ -79,7 +79,7 @@ impl RangeReader {
         let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
         let mut bytes = Vec::with_capacity(there);
         let mut read = || -> io::Result<()> {
-            self.file.seek(SeekFrom::Start(offset))?;
+            self.file.seek(SeekFrom::Start(offset.min(self.len)))?;
             (&mut self.file).take(there as u64).read_to_end(&mut bytes)?;
             Ok(())
         };

@@ -57,8 +57,7 @@ pub fn verify(run: &Path) -> Result<Report> {
         if !name.ends_with(".safetensors") || storage::is_scratch(&path) {
             continue;
         }
-        let step = name.trim_end_matches(".safetensors").rsplit_once("-step").and_then(|(_, n)| n.parse().ok());
-        let master = step.or(newest).and_then(|s| masters.get(&s));
+        let master = step_of_export(&path, &name).or(newest).and_then(|s| masters.get(&s));
         report.note(&name, check_export(&path, master));
     }
     let metrics = run.join("metrics.jsonl");
@@ -69,6 +68,12 @@ pub fn verify(run: &Path) -> Result<Report> {
         report.note("metrics.jsonl", outcome);
     }
     Ok(report)
+}
+
+/// The step that an exported adapter is of: by its name, or, for that of a run's end, by its metadata; the run may have gone on since.
+fn step_of_export(path: &Path, name: &str) -> Option<u64> {
+    let by_name = name.trim_end_matches(".safetensors").rsplit_once("-step").and_then(|(_, n)| n.parse().ok());
+    by_name.or_else(|| SafeTensors::open(path).ok()?.metadata().get("ss_steps")?.parse().ok())
 }
 
 fn check_checkpoint(path: &Path) -> Result<(SafeTensors, String)> {

@@ -68,8 +68,13 @@ impl Ran {
     }
 }
 
+/// The program: the one built with the tests, or, to test another, the one that `LOKR_BINARY` names.
+fn program() -> PathBuf {
+    std::env::var_os("LOKR_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_lokr-under-test").into(), PathBuf::from)
+}
+
 fn command(folder: &Path, args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lokr-under-test"));
+    let mut command = Command::new(program());
     command.arg0("lokr").args(args).current_dir(folder).stdin(Stdio::null());
     command.env_remove("RUST_LOG").env_remove("RUST_BACKTRACE");
     command
@@ -86,7 +91,7 @@ pub fn lokr(folder: &Path, args: &[&str]) -> Ran {
 pub fn lokr_in_namespace(folder: &Path, before: &str, args: &[&str], after: &str) -> Option<Ran> {
     let unshare = |script: &str| {
         let mut command = Command::new("unshare");
-        command.args(["--map-root-user", "--mount", "sh", "-c", script, "sh", env!("CARGO_BIN_EXE_lokr-under-test")]).args(args);
+        command.args(["--map-root-user", "--mount", "sh", "-c", script, "sh"]).arg(program()).args(args);
         command.current_dir(folder).env_remove("RUST_LOG").output()
     };
     if !unshare(before).is_ok_and(|o| o.status.success()) {
