@@ -70,7 +70,6 @@ fn changed_captions_and_pictures_are_refused() {
 }
 
 #[test]
-#[ignore = "the fingerprint of a dataset does not look into the pictures yet"]
 fn another_picture_of_the_same_name_and_size_is_refused() {
     let world = stopped("changed-content");
     std::fs::copy(world.path("pictures/05.png"), world.path("pictures/03.png")).expect("copied");

@@ -72,6 +72,7 @@ fn time(case: &mut Case, runs: usize) -> Result<Value> {
         "op": case.name,
         "threads": rayon::current_num_threads(),
         "seconds": seconds,
+        "min_seconds": times.iter().copied().fold(f64::INFINITY, f64::min),
         case.work.unit(): (case.work.rate(seconds) * 10.0).round() / 10.0,
     }))
 }

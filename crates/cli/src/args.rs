@@ -25,6 +25,9 @@ pub enum Command {
     Export(Export),
     /// Show what a model or adapter file holds.
     Inspect(Inspect),
+    /// Index pictures, and look at what a recipe makes of them.
+    #[command(subcommand)]
+    Dataset(Dataset),
     /// Check every file of a run: hashes, finite values, and that exported adapters equal their checkpoints.
     Verify(Verify),
     /// Print a recipe with every key, its meaning and its default.
@@ -160,6 +163,82 @@ pub struct Inspect {
     /// Print the metadata too.
     #[arg(long)]
     pub metadata: bool,
+}
+
+/// The commands about pictures.
+#[derive(Subcommand)]
+pub enum Dataset {
+    /// Build an index of pictures, or bring it up to date: from folders, tar shards, and metadata of posts.
+    Index(Index),
+    /// Show the buckets of a recipe's pictures: images, crop loss, left-overs.
+    Buckets(Buckets),
+    /// Read every picture of a recipe and name what would fail or teach nothing later.
+    Check(Check),
+    /// Show the captions that a step sees, or those of one picture.
+    Caption(Caption),
+}
+
+/// Arguments of `lokr dataset index`.
+#[derive(Args)]
+pub struct Index {
+    /// The index (SQLite); made if absent.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Folders, shards, databases, JSON files. None: look through those of the last time again.
+    pub sources: Vec<PathBuf>,
+    /// Number the pictures from 1, whatever their names are.
+    #[arg(long)]
+    pub counted: bool,
+    /// Threads that read; 0: one for each core.
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+}
+
+/// A recipe, of which the pictures are looked at.
+#[derive(Args)]
+pub struct Recipe {
+    /// The recipe.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Replace a key of the recipe. May be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// Arguments of `lokr dataset buckets`.
+#[derive(Args)]
+pub struct Buckets {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// Also draw them into this SVG file.
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+}
+
+/// Arguments of `lokr dataset check`.
+#[derive(Args)]
+pub struct Check {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// Look at headers only, without decoding.
+    #[arg(long)]
+    pub headers: bool,
+}
+
+/// Arguments of `lokr dataset caption`.
+#[derive(Args)]
+pub struct Caption {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// A picture: its id in the index, or its number in the folder, from 0.
+    #[arg(long)]
+    pub id: Option<u32>,
+    /// The step, from 0; with --id, the epoch of this step.
+    #[arg(long)]
+    pub step: Option<u64>,
 }
 
 /// Arguments of `lokr verify`.

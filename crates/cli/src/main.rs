@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use trainer::config::{RunConfig, template};
+use trainer::dataset_tools;
 use trainer::event::Event;
 use trainer::interrupt::Interrupt;
 use trainer::tools;
@@ -18,7 +19,7 @@ use trainer::train::{Options, Outcome, in_pool, train};
 use trainer::verify::verify;
 use trainer::{Error, Result};
 
-use args::{Cli, Command, Export, Format, Precision};
+use args::{Cli, Command, Dataset, Export, Format, Precision};
 
 /// Training allocates and frees the same large tensors at each step: an allocator that keeps freed memory saves the page faults,
 /// which took half of the time of a step with the system's.
@@ -51,6 +52,7 @@ fn run(command: Command) -> Result<ExitCode> {
             println!("wrote {} from {}", args.out.display(), path.display());
         }
         Command::Inspect(args) => print!("{}", tools::inspect(&args.file, args.metadata)?),
+        Command::Dataset(command) => return dataset(command),
         Command::Verify(args) => {
             let report = verify(&args.run)?;
             report.good.iter().for_each(|line| println!("good  {line}"));
@@ -73,9 +75,7 @@ fn run_training(args: args::Train) -> Result<ExitCode> {
         set.push(format!("output.resume='{resume}'"));
     }
     let config = RunConfig::load(&args.config, &set)?;
-    let interrupt = Interrupt::listen().map_err(|e| {
-        Error::refused(format!("signals cannot be listened to: {e}"), "this is not expected on this system: please report it")
-    })?;
+    let interrupt = listen()?;
     let mut watcher = show::Watcher::default();
     let options = Options { allow_recipe_change: args.allow_recipe_change, interrupt };
     let outcome = train(&config, &options, &mut |event| watcher.event(event))?;
@@ -84,6 +84,38 @@ fn run_training(args: args::Train) -> Result<ExitCode> {
         Outcome::Finished => ExitCode::SUCCESS,
         Outcome::Interrupted => ExitCode::from(INTERRUPTED),
     })
+}
+
+fn dataset(command: Dataset) -> Result<ExitCode> {
+    let interrupt = listen()?;
+    let mut watcher = show::Watcher::default();
+    let load = |recipe: &args::Recipe| RunConfig::load(&recipe.config, &recipe.set);
+    match command {
+        Dataset::Index(a) => {
+            let observe = &mut |event| watcher.event(event);
+            let text = dataset_tools::index(&a.out, &a.sources, a.counted, a.threads, &interrupt, observe)?;
+            watcher.done();
+            print!("{text}");
+        }
+        Dataset::Buckets(a) => print!("{}", dataset_tools::buckets(&load(&a.recipe)?, a.svg.as_deref())?),
+        Dataset::Check(a) => {
+            let config = load(&a.recipe)?;
+            let (text, clean) = dataset_tools::check(&config, a.headers, &interrupt, &mut |event| watcher.event(event))?;
+            watcher.done();
+            println!("{}", text.trim_end());
+            if !clean {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Dataset::Caption(a) => print!("{}", dataset_tools::caption(&load(&a.recipe)?, a.id, a.step)?),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Listens to Ctrl-C and SIGTERM.
+fn listen() -> Result<Interrupt> {
+    Interrupt::listen()
+        .map_err(|e| Error::refused(format!("signals cannot be listened to: {e}"), "this is not expected on this system: please report it"))
 }
 
 fn sample(args: args::Sample) -> Result<()> {

@@ -10,7 +10,7 @@ use trainer::event::{Event, StepReport};
 #[derive(Default)]
 pub struct Watcher {
     bar: Option<ProgressBar>,
-    preparing: Option<ProgressBar>,
+    preparing: Option<(&'static str, ProgressBar)>,
 }
 
 impl Watcher {
@@ -28,6 +28,7 @@ impl Watcher {
 
     /// Takes the bar away.
     pub fn done(&mut self) {
+        self.end_preparing();
         if let Some(bar) = self.bar.take() {
             bar.finish();
         }
@@ -40,15 +41,28 @@ impl Watcher {
         }
     }
 
+    /// A bar for each kind of work; the next kind takes its place.
     fn prepare(&mut self, what: &'static str, done: usize, total: usize) {
-        let style =
-            || ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} {eta} left").unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = self.preparing.get_or_insert_with(|| ProgressBar::new(total as u64).with_style(style()).with_message(what));
-        bar.set_position(done as u64);
-        if done >= total {
-            bar.finish_and_clear();
-            self.preparing = None;
+        if self.preparing.as_ref().is_none_or(|(shown, _)| *shown != what) {
+            self.end_preparing();
+            let template = if total > 0 { "{msg} {bar:30} {pos}/{len} {eta} left" } else { "{msg} {pos}" };
+            let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+            let bar = ProgressBar::new(total as u64).with_style(style).with_message(what);
+            self.preparing = Some((what, bar));
+        }
+        if let Some((_, bar)) = &self.preparing {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+        }
+        if what == "latents" && done >= total {
+            self.end_preparing();
             self.line(&format!("{what}: {total} encoded"));
+        }
+    }
+
+    fn end_preparing(&mut self) {
+        if let Some((_, bar)) = self.preparing.take() {
+            bar.finish_and_clear();
         }
     }
 

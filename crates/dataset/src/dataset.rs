@@ -246,8 +246,8 @@ impl Dataset {
         BatchPlan::new(seed, epoch, &self.buckets.iter().map(contents).collect::<Vec<_>>(), batch_size)
     }
 
-    /// A hash (blake3, hex) of what training sees of the dataset short of the images' bytes: names, sizes, places,
-    /// repeats, captions and the configuration; for an index its own fingerprint, the rules for captions and what was
+    /// A hash (blake3, hex) of what training sees of the dataset short of the images' bytes: names, lengths, sizes,
+    /// places, repeats, captions and the configuration; for an index its own fingerprint, the rules for captions and what was
     /// selected. The folders' own paths do not enter, so a dataset may be moved.
     pub fn fingerprint(&self) -> String {
         let mut config = self.config.clone();
@@ -266,7 +266,8 @@ impl Dataset {
                         let name = s.path.strip_prefix(&self.config.subsets[s.subset].image_dir).unwrap_or(&s.path);
                         text(name.as_os_str().as_encoded_bytes());
                         text(s.caption.as_bytes());
-                        text(format!("{} {} {:?} {:?}", s.subset, s.repeats, s.size, s.placement).as_bytes());
+                        let len = storage::file_len(&s.path).unwrap_or_default();
+                        text(format!("{} {} {:?} {:?} {len}", s.subset, s.repeats, s.size, s.placement).as_bytes());
                     }
                 }
                 Segment::Indexed { source, .. } => {

@@ -10,6 +10,7 @@ pub mod base;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
+pub mod dataset_tools;
 pub mod error;
 pub mod event;
 pub mod export;

@@ -9,7 +9,6 @@ const FREE: &[&str] = &[
     "train.threads",
     "train.on_non_finite",
     "train.max_withheld_steps",
-    "train.gradient_checkpointing",
     "dataset.cache_latents_to_disk",
     "dataset.vae_batch_size",
 ];

@@ -27,7 +27,7 @@ section! {
 }
 
 /// Keys that sd-scripts does not have.
-const OURS: &[&str] = &["on_broken_image", "crop_condition"];
+const OURS: &[&str] = &["on_broken_image", "crop_condition", "index", "selection", "caption_rules"];
 
 /// The keys of `[dataset]` that crate `dataset` reads, without `subsets`.
 pub(super) fn dataset_keys() -> Vec<Key> {

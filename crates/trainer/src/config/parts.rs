@@ -147,7 +147,12 @@ impl RunConfig {
             }
         }
         for (i, subset) in self.dataset.subsets.iter().enumerate() {
-            look(&format!("dataset.subsets[{i}].image_dir"), &subset.image_dir, true);
+            if let Some(index) = &subset.index {
+                look(&format!("dataset.subsets[{i}].index"), index, false);
+            }
+            if subset.index.is_none() || !subset.image_dir.as_os_str().is_empty() {
+                look(&format!("dataset.subsets[{i}].image_dir"), &subset.image_dir, true);
+            }
         }
         if let Some(dir) = &self.validation.image_dir {
             look("validation.image_dir", dir, true);
