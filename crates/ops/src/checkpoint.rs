@@ -1,12 +1,12 @@
 //! Activation checkpointing: a segment keeps its inputs only and runs again in the backward pass
 //! (Chen et al. 2016, "Training deep nets with sublinear memory cost").
 
-use crate::tape::{Value, backward, no_grad, record, recording};
+use crate::tape::{Value, backward_from, no_grad, recording, segment};
 use candle_core::Result;
 
 /// Runs `f` on `inputs` without recording its inside; the backward pass runs `f` again and differentiates it then.
 /// Parameters inside `f` get their gradients too. Gradients equal those without checkpointing bit for bit, because
-/// the same ops run in the same order.
+/// the same ops run in the same order and the inputs' gradients are summed in the same order.
 ///
 /// # Errors
 /// What `f` returns, now or when it runs again.
@@ -17,22 +17,22 @@ pub fn checkpoint(inputs: &[&Value], f: impl Fn(&[Value]) -> Result<Value> + Sen
         return Ok(Value::constant(output));
     }
     let needs: Vec<bool> = inputs.iter().map(|v| v.requires_grad()).collect();
-    Ok(record("checkpoint", inputs, output, move |grad| {
-        let mut slots = Vec::with_capacity(detached.len());
-        let mut leaves = Vec::with_capacity(detached.len());
-        for (value, need) in detached.into_iter().zip(needs) {
-            if need {
-                let (leaf, slot) = Value::leaf(value.tensor().clone());
-                leaves.push(leaf);
-                slots.push(Some(slot));
-            } else {
+    Ok(segment(inputs, output, move |grad, so_far| {
+        let (mut slots, mut leaves, mut seeds) = (Vec::new(), Vec::new(), Vec::new());
+        for ((value, need), so_far) in detached.into_iter().zip(needs).zip(so_far) {
+            if !need {
                 leaves.push(value);
                 slots.push(None);
+                continue;
             }
+            let (leaf, slot) = Value::leaf(value.tensor().clone());
+            seeds.extend(so_far.map(|g| (leaf.clone(), g)));
+            leaves.push(leaf);
+            slots.push(Some(slot));
         }
         let output = f(&leaves)?;
         drop(leaves);
-        backward(vec![(output, grad.clone())])?;
+        backward_from(vec![(output, grad.clone())], seeds)?;
         Ok(slots.into_iter().map(|s| s.and_then(|s| s.lock().ok().and_then(|mut g| g.take()))).collect())
     }))
 }

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 type BackwardFn = Box<dyn FnOnce(&Tensor) -> Result<Vec<Option<Tensor>>> + Send>;
+/// Takes the gradient of the output and what the inputs' gradients are so far, and gives what they are then.
+type SegmentFn = Box<dyn FnOnce(&Tensor, Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> + Send>;
 
 enum Kind {
     Parameter(Parameter),
@@ -20,6 +22,11 @@ enum Kind {
         name: &'static str,
         inputs: Vec<Option<Arc<Node>>>,
         backward: Mutex<Option<BackwardFn>>,
+    },
+    /// A segment that runs again. It goes on from its inputs' gradients, so that sums are formed in the same order as without it.
+    Segment {
+        inputs: Vec<Option<Arc<Node>>>,
+        backward: Mutex<Option<SegmentFn>>,
     },
 }
 
@@ -183,19 +190,26 @@ pub fn custom(
     output: Tensor,
     backward: impl FnOnce(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + 'static,
 ) -> Value {
-    if recording() && inputs.iter().any(|v| v.requires_grad()) { record(name, inputs, output, backward) } else { Value::constant(output) }
+    if !recording() || !inputs.iter().any(|v| v.requires_grad()) {
+        return Value::constant(output);
+    }
+    let inputs = inputs.iter().map(|v| v.node.clone()).collect();
+    node(output, Kind::Op { name, inputs, backward: Mutex::new(Some(Box::new(backward))) })
 }
 
-/// As [`custom`], recorded whatever the inputs are: for segments that hold parameters inside.
-pub(crate) fn record(
-    name: &'static str,
+/// The output of a segment that runs again in the backward pass; recorded whatever the inputs are, because parameters may
+/// be inside.
+pub(crate) fn segment(
     inputs: &[&Value],
     output: Tensor,
-    backward: impl FnOnce(&Tensor) -> Result<Vec<Option<Tensor>>> + Send + 'static,
+    backward: impl FnOnce(&Tensor, Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> + Send + 'static,
 ) -> Value {
     let inputs = inputs.iter().map(|v| v.node.clone()).collect();
-    let kind = Kind::Op { name, inputs, backward: Mutex::new(Some(Box::new(backward))) };
-    Value { tensor: output, node: Some(Arc::new(Node { id: next_id(), kind })) }
+    node(output, Kind::Segment { inputs, backward: Mutex::new(Some(Box::new(backward))) })
+}
+
+fn node(tensor: Tensor, kind: Kind) -> Value {
+    Value { tensor, node: Some(Arc::new(Node { id: next_id(), kind })) }
 }
 
 /// Runs the backward pass from `roots` (a value and the gradient of the loss with respect to it) and adds into the
@@ -204,8 +218,13 @@ pub(crate) fn record(
 /// # Errors
 /// If an op's backward fails, or a gradient's shape is not its value's, or the graph was passed before.
 pub fn backward(roots: Vec<(Value, Tensor)>) -> Result<()> {
+    backward_from(roots, Vec::new())
+}
+
+/// As [`backward`]; the gradients of `seeds` start from the given ones.
+pub(crate) fn backward_from(roots: Vec<(Value, Tensor)>, seeds: Vec<(Value, Tensor)>) -> Result<()> {
     let mut pending = Pending::default();
-    for (value, grad) in roots {
+    for (value, grad) in seeds.into_iter().chain(roots) {
         if value.dims() != grad.dims() {
             candle_core::bail!("gradient of shape {:?} for a value of shape {:?}", grad.dims(), value.dims());
         }
@@ -224,6 +243,15 @@ pub fn backward(roots: Vec<(Value, Tensor)>) -> Result<()> {
                     candle_core::bail!("{name}: {} gradients for {} inputs", grads.len(), inputs.len());
                 }
                 for (input, grad) in inputs.iter().zip(grads) {
+                    if let (Some(input), Some(grad)) = (input, grad) {
+                        pending.add(input.clone(), grad)?;
+                    }
+                }
+            }
+            Kind::Segment { inputs, backward } => {
+                let Some(f) = lock(backward).take() else { candle_core::bail!("the graph was already passed backward") };
+                let so_far = inputs.iter().map(|input| input.as_ref().and_then(|n| pending.take(n.id))).collect();
+                for (input, grad) in inputs.iter().zip(f(&grad, so_far)?) {
                     if let (Some(input), Some(grad)) = (input, grad) {
                         pending.add(input.clone(), grad)?;
                     }
@@ -251,6 +279,12 @@ impl Pending {
         self.grads.insert(id, sum);
         self.order.insert(id, node);
         Ok(())
+    }
+
+    /// Takes the gradient gathered so far for a node, if there is any.
+    fn take(&mut self, id: u64) -> Option<Tensor> {
+        self.order.remove(&id)?;
+        self.grads.remove(&id)
     }
 
     fn pop_last(&mut self) -> Option<(Arc<Node>, Tensor)> {

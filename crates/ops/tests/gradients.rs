@@ -184,11 +184,13 @@ fn checkpointing_changes_no_bit() {
         let segment = move |v: &[Value]| {
             let h = ops::layer_norm(&v[0], &p2.value(), &p2.value(), 1e-5)?;
             let h = ops::gelu(&ops::linear(&h, &w, Some(&b))?)?;
-            ops::add(&h, &v[0])
+            // The second input is used more than once, and by every segment.
+            ops::add(&ops::add(&h, &v[0])?, &ops::silu(&ops::add(&v[1], &ops::quick_gelu(&v[1])?)?)?)
         };
         let mut h = x.value();
+        let e = ops::mul_scalar(&x.value(), 0.7).unwrap();
         for _ in 0..3 {
-            h = if kept { segment(&[h]).unwrap() } else { ops::checkpoint(&[&h], segment.clone()).unwrap() };
+            h = if kept { segment(&[h, e.clone()]).unwrap() } else { ops::checkpoint(&[&h, &e], segment.clone()).unwrap() };
         }
         let out = flat(h.tensor());
         ops::backward(vec![(h, dy.clone())]).unwrap();

@@ -15,6 +15,9 @@ use sdxl::{Sdxl, TextCondition};
 use crate::config::{PromptConfig, SampleConfig};
 use crate::error::{Error, Result};
 
+/// Longest side of a picture: beyond it attention alone would take more memory than any machine of a user has.
+const MAX_SIDE: u32 = 8192;
+
 /// One picture to draw.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
@@ -69,6 +72,13 @@ fn draw_recorded(model: &Sdxl, tokenizer: &Tokenizer, schedule: &Schedule, predi
             what,
             format!("take {}x{}", width.max(1).next_multiple_of(factor), height.max(1).next_multiple_of(factor)),
         ));
+    }
+    if width > MAX_SIDE || height > MAX_SIDE {
+        let what = format!("a picture of {width}x{height} cannot be drawn: no side may exceed {MAX_SIDE}");
+        return Err(Error::refused(what, "SDXL draws about 1024x1024 well; enlarge the picture afterwards"));
+    }
+    if !r.guidance_scale.is_finite() {
+        return Err(Error::refused(format!("a guidance scale of {} leads nowhere", r.guidance_scale), "5 to 8 is usual"));
     }
     let guided = r.guidance_scale > 1.0;
     let text = encode(model, tokenizer, r, guided)?;

@@ -63,6 +63,9 @@ pub fn sample(r: &SampleRequest, observe: &mut Observer) -> Result<()> {
     };
     let sampler = Sampler::from_name(&r.sampler).ok_or_else(|| unknown("sampler", &r.sampler, Sampler::NAMES))?;
     let scheduler = Spacing::from_name(&r.scheduler).ok_or_else(|| unknown("scheduler", &r.scheduler, Spacing::NAMES))?;
+    if r.count == 0 {
+        return Err(Error::refused("--count 0 draws nothing", "set it to 1 or more, or leave it out"));
+    }
     let single = r.out.extension().is_some_and(|e| e.eq_ignore_ascii_case("png"));
     if single && r.prompts.len() as u64 * r.count != 1 {
         let what = format!("--out {} is one file, for {} pictures", r.out.display(), r.prompts.len() as u64 * r.count);

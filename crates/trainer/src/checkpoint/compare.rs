@@ -7,6 +7,7 @@ const FREE: &[&str] = &[
     "train.max_train_steps",
     "train.max_train_epochs",
     "train.threads",
+    "train.gradient_checkpointing",
     "train.on_non_finite",
     "train.max_withheld_steps",
     "dataset.cache_latents_to_disk",
