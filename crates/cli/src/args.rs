@@ -18,6 +18,8 @@ pub struct Cli {
 pub enum Command {
     /// Train the adapter of a recipe. Run again, it goes on where it stopped.
     Train(Train),
+    /// Start one process for each device, and stop all when one dies.
+    Launch(Launch),
     /// Draw pictures with a base model and, if given, an adapter.
     Sample(Sample),
     /// Write a merged checkpoint, or the adapter of a run.
@@ -44,11 +46,34 @@ pub struct Train {
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub set: Vec<String>,
     /// Go on from this checkpoint, or from `latest`, the newest whole one of output.dir. (Replaces output.resume.)
-    #[arg(long, value_name = "CHECKPOINT|latest")]
+    #[arg(long, value_name = "CHECKPOINT|latest", overrides_with = "resume")]
     pub resume: Option<String>,
     /// Resume although the recipe differs from the checkpoint's in what changes the result.
     #[arg(long)]
     pub allow_recipe_change: bool,
+}
+
+/// Arguments of `lokr launch`; the names are torchrun's.
+#[derive(Args)]
+pub struct Launch {
+    /// Processes on this machine: one for each of its devices.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub nproc_per_node: usize,
+    /// Machines. Run the same command on each, with its own --node-rank.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub nnodes: usize,
+    /// Number of this machine, from 0.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub node_rank: usize,
+    /// Where the processes meet: a name or address of machine 0, and a free port there. On one machine, a free port is taken.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub rdzv_endpoint: Option<String>,
+    /// How often all processes are started again, from the newest whole checkpoint, after one died.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub max_restarts: u32,
+    /// What each process runs: `train` and its arguments.
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<std::ffi::OsString>,
 }
 
 /// The base model, for commands without a recipe.

@@ -1,8 +1,10 @@
 //! The `lokr` binary: arguments in, messages and exit status out. What it does is in the crate `trainer`.
 //!
-//! Exit status: 0 done, 1 an error, 2 wrong arguments, 3 stopped by a signal with the state saved, 130 stopped at once.
+//! Exit status: 0 done, 1 an error, 2 wrong arguments, 3 stopped by a signal with the state saved, 75 ended because of another
+//! process of the run, 130 stopped at once. `lokr launch` ends with the status of the process that died.
 
 mod args;
+mod launch;
 mod show;
 
 use std::io::IsTerminal;
@@ -37,7 +39,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             show::error(&error);
-            ExitCode::FAILURE
+            if error.is_peer_failure() { ExitCode::from(launch::PEER_FAILED) } else { ExitCode::FAILURE }
         }
     }
 }
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Train(args) => return run_training(args),
+        Command::Launch(args) => return launch::launch(args),
         Command::Sample(args) => sample(args)?,
         Command::Export(Export::Merged(args)) => merged(args)?,
         Command::Export(Export::Lokr(args)) => {
@@ -68,6 +71,7 @@ fn run(command: Command) -> Result<ExitCode> {
 }
 
 fn run_training(args: args::Train) -> Result<ExitCode> {
+    trainer::launch::end_with_launcher()?;
     let mut set = args.set;
     if let Some(resume) = args.resume {
         let resume = if resume == "latest" { "auto".to_string() } else { resume };

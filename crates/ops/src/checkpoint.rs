@@ -17,7 +17,7 @@ pub fn checkpoint(inputs: &[&Value], f: impl Fn(&[Value]) -> Result<Value> + Sen
         return Ok(Value::constant(output));
     }
     let needs: Vec<bool> = inputs.iter().map(|v| v.requires_grad()).collect();
-    Ok(segment(inputs, output, move |grad, so_far| {
+    Ok(segment(inputs, output, move |grad, so_far, on_gradient| {
         let (mut slots, mut leaves, mut seeds) = (Vec::new(), Vec::new(), Vec::new());
         for ((value, need), so_far) in detached.into_iter().zip(needs).zip(so_far) {
             if !need {
@@ -32,7 +32,7 @@ pub fn checkpoint(inputs: &[&Value], f: impl Fn(&[Value]) -> Result<Value> + Sen
         }
         let output = f(&leaves)?;
         drop(leaves);
-        backward_from(vec![(output, grad.clone())], seeds)?;
+        backward_from(vec![(output, grad.clone())], seeds, on_gradient)?;
         Ok(slots.into_iter().map(|s| s.and_then(|s| s.lock().ok().and_then(|mut g| g.take()))).collect())
     }))
 }

@@ -33,7 +33,7 @@ pub use checkpoint::checkpoint;
 pub use conv::conv2d;
 pub use linear::{linear, widen};
 pub use norm::{group_norm, layer_norm};
-pub use tape::{Parameter, Value, backward, custom, no_grad, recording};
+pub use tape::{OnGradient, Parameter, Value, backward, backward_with, custom, no_grad, recording};
 pub use view::F32;
 
 /// Plain functions on tensors, for ops that are written by hand elsewhere (the adapter's).

@@ -11,8 +11,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 type BackwardFn = Box<dyn FnOnce(&Tensor) -> Result<Vec<Option<Tensor>>> + Send>;
+/// Told of a parameter each time that a use of it has been passed backward and its gradient added.
+pub type OnGradient<'a> = dyn FnMut(&Parameter) -> Result<()> + 'a;
 /// Takes the gradient of the output and what the inputs' gradients are so far, and gives what they are then.
-type SegmentFn = Box<dyn FnOnce(&Tensor, Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> + Send>;
+type SegmentFn = Box<dyn FnOnce(&Tensor, Vec<Option<Tensor>>, &mut OnGradient) -> Result<Vec<Option<Tensor>>> + Send>;
 
 enum Kind {
     Parameter(Parameter),
@@ -202,7 +204,7 @@ pub fn custom(
 pub(crate) fn segment(
     inputs: &[&Value],
     output: Tensor,
-    backward: impl FnOnce(&Tensor, Vec<Option<Tensor>>) -> Result<Vec<Option<Tensor>>> + Send + 'static,
+    backward: impl FnOnce(&Tensor, Vec<Option<Tensor>>, &mut OnGradient) -> Result<Vec<Option<Tensor>>> + Send + 'static,
 ) -> Value {
     let inputs = inputs.iter().map(|v| v.node.clone()).collect();
     node(output, Kind::Segment { inputs, backward: Mutex::new(Some(Box::new(backward))) })
@@ -218,11 +220,21 @@ fn node(tensor: Tensor, kind: Kind) -> Value {
 /// # Errors
 /// If an op's backward fails, or a gradient's shape is not its value's, or the graph was passed before.
 pub fn backward(roots: Vec<(Value, Tensor)>) -> Result<()> {
-    backward_from(roots, Vec::new())
+    backward_with(roots, &mut |_| Ok(()))
 }
 
-/// As [`backward`]; the gradients of `seeds` start from the given ones.
-pub(crate) fn backward_from(roots: Vec<(Value, Tensor)>, seeds: Vec<(Value, Tensor)>) -> Result<()> {
+/// As [`backward`]; tells `on_gradient` of each parameter as soon as the gradient of one of its uses has been added, so that
+/// what is complete can be sent to other processes while the rest is computed. A parameter that the forward pass used `n`
+/// times is told `n` times.
+///
+/// # Errors
+/// As [`backward`], and what `on_gradient` returns.
+pub fn backward_with(roots: Vec<(Value, Tensor)>, on_gradient: &mut OnGradient) -> Result<()> {
+    backward_from(roots, Vec::new(), on_gradient)
+}
+
+/// As [`backward_with`]; the gradients of `seeds` start from the given ones.
+pub(crate) fn backward_from(roots: Vec<(Value, Tensor)>, seeds: Vec<(Value, Tensor)>, on_gradient: &mut OnGradient) -> Result<()> {
     let mut pending = Pending::default();
     for (value, grad) in seeds.into_iter().chain(roots) {
         if value.dims() != grad.dims() {
@@ -234,7 +246,10 @@ pub(crate) fn backward_from(roots: Vec<(Value, Tensor)>, seeds: Vec<(Value, Tens
     }
     while let Some((node, grad)) = pending.pop_last() {
         match &node.kind {
-            Kind::Parameter(p) => p.accumulate(&grad)?,
+            Kind::Parameter(p) => {
+                p.accumulate(&grad)?;
+                on_gradient(p)?;
+            }
             Kind::Leaf(slot) => *lock(slot) = Some(grad),
             Kind::Op { name, inputs, backward } => {
                 let Some(f) = lock(backward).take() else { candle_core::bail!("{name}: the graph was already passed backward") };
@@ -251,7 +266,7 @@ pub(crate) fn backward_from(roots: Vec<(Value, Tensor)>, seeds: Vec<(Value, Tens
             Kind::Segment { inputs, backward } => {
                 let Some(f) = lock(backward).take() else { candle_core::bail!("the graph was already passed backward") };
                 let so_far = inputs.iter().map(|input| input.as_ref().and_then(|n| pending.take(n.id))).collect();
-                for (input, grad) in inputs.iter().zip(f(&grad, so_far)?) {
+                for (input, grad) in inputs.iter().zip(f(&grad, so_far, on_gradient)?) {
                     if let (Some(input), Some(grad)) = (input, grad) {
                         pending.add(input.clone(), grad)?;
                     }

@@ -198,3 +198,35 @@ fn checkpointing_changes_no_bit() {
     };
     assert_eq!(run(true), run(false));
 }
+
+#[test]
+fn a_parameter_is_told_after_each_use_and_its_gradient_is_complete_after_the_last() {
+    let (a, b) = (Parameter::new("a", randn(&[4], 1)), Parameter::new("b", randn(&[4], 2)));
+    let dy = randn(&[4], 3);
+    let run = |kept: bool| {
+        let (a2, b2) = (a.clone(), b.clone());
+        let segment = move |v: &[Value]| ops::add(&ops::silu(&ops::add(&v[0], &b2.value())?)?, &a2.value());
+        let x = ops::silu(&a.value()).unwrap();
+        let y = if kept { segment(&[x]).unwrap() } else { ops::checkpoint(&[&x], segment).unwrap() };
+        let mut told = Vec::new();
+        ops::backward_with(vec![(y, dy.clone())], &mut |p| {
+            told.push((p.name().to_string(), flat(&p.grad().unwrap())));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(told.last(), Some(&("a".to_string(), flat(&a.take_grad().unwrap()))), "the last that was told is what stays");
+        assert_eq!(told.iter().find(|(name, _)| name == "b").map(|(_, g)| g), Some(&flat(&b.take_grad().unwrap())));
+        told.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+    };
+    assert_eq!(run(true), ["a", "b", "a"]);
+    assert_eq!(run(false), ["a", "b", "a"]);
+}
+
+#[test]
+fn what_the_listener_returns_ends_the_pass() {
+    let p = Parameter::new("p", randn(&[3], 1));
+    let y = ops::silu(&p.value()).unwrap();
+    let dy = Tensor::ones(3, DType::F32, &Device::Cpu).unwrap();
+    let error = ops::backward_with(vec![(y, dy)], &mut |_| Err(ops::Error::Msg("enough".into()))).unwrap_err();
+    assert!(error.to_string().contains("enough"), "{error}");
+}

@@ -17,6 +17,7 @@ use sdxl::vae::{AutoencoderKL, LATENT_SCALE};
 use crate::config::RunConfig;
 use crate::error::Result;
 use crate::event::{Event, Observer};
+use crate::ranks::Ranks;
 use crate::step::MicroBatch;
 use crate::timeline::Timeline;
 
@@ -31,6 +32,7 @@ pub struct Data {
     pub timeline: Timeline,
     chunks: usize,
     batch_size: usize,
+    rank: u64,
     seed: u64,
     plans: Mutex<BTreeMap<u64, Arc<BatchPlan>>>,
 }
@@ -53,11 +55,11 @@ enum Images {
 }
 
 impl Data {
-    /// Puts together the data of a run; latents are encoded by [`encode_latents`].
+    /// Puts together the data of rank `rank` of `ranks`; latents are encoded by [`encode_latents`].
     ///
     /// # Errors
     /// If the plan or the tokenizer cannot be made.
-    pub fn new(config: &RunConfig, dataset: Dataset, cache: Option<LatentCache>) -> Result<Self> {
+    pub fn new(config: &RunConfig, dataset: Dataset, cache: Option<LatentCache>, rank: usize, ranks: usize) -> Result<Self> {
         let t = &config.train;
         let batches = dataset.plan(t.seed, 0, t.batch_size)?.len() as u64;
         Ok(Self {
@@ -65,9 +67,10 @@ impl Data {
             cache,
             tokenizer: Tokenizer::new()?,
             noise: config.noise(),
-            timeline: Timeline::new(batches, t.gradient_accumulation_steps as u64, t.max_train_steps, t.max_train_epochs),
+            timeline: Timeline::new(batches, t.gradient_accumulation_steps as u64, ranks as u64, t.max_train_steps, t.max_train_epochs),
             chunks: chunks(t.max_token_length),
             batch_size: t.batch_size,
+            rank: rank as u64,
             seed: t.seed,
             plans: Mutex::default(),
         })
@@ -90,14 +93,14 @@ impl Data {
         Ok(plan)
     }
 
-    /// Samples of each batch of a step.
+    /// Samples of a step on all ranks together.
     ///
     /// # Errors
     /// If the plan cannot be made.
-    pub fn window_sizes(&self, step: u64) -> Result<Vec<usize>> {
+    pub fn samples_of(&self, step: u64) -> Result<usize> {
         let (epoch, range) = self.timeline.window(step);
         let plan = self.plan(epoch)?;
-        Ok(range.filter_map(|k| plan.batch(k as usize)).map(|b| b.entries.len()).collect())
+        Ok(range.filter_map(|k| plan.batch(k as usize)).map(|b| b.entries.len()).sum())
     }
 
     /// Makes batch `batch`, counted over all epochs.
@@ -186,16 +189,17 @@ impl Data {
     }
 }
 
-/// Batches from number `from` on, in order, prepared by two threads.
+/// This rank's batches from step `step` on, in order, prepared by two threads: `accumulation` for each step, `None` where
+/// the end of an epoch leaves fewer for this rank.
 ///
 /// # Errors
 /// If a thread cannot be started.
-pub fn prefetch(data: &Arc<Data>, from: u64) -> Result<Prefetcher<Result<Prepared>>> {
-    let last = data.timeline.total_steps.saturating_sub(1);
-    let (epoch, range) = data.timeline.window(last);
-    let end = epoch * data.timeline.batches_per_epoch + range.end;
+pub fn prefetch(data: &Arc<Data>, step: u64) -> Result<Prefetcher<Option<Result<Prepared>>>> {
+    let turns = data.timeline.accumulation;
+    let range = step * turns..data.timeline.total_steps.max(step) * turns;
     let data = data.clone();
-    let started = Prefetcher::new(from..end.max(from), 2, 4, move |batch| data.prepare(batch));
+    let prepare = move |n: u64| data.timeline.batch_of(n / turns, n % turns, data.rank).map(|batch| data.prepare(batch));
+    let started = Prefetcher::new(range, 2, 4, prepare);
     started.map_err(|e| candle_core::Error::Msg(format!("no thread for reading pictures: {e}")).into())
 }
 
@@ -230,6 +234,9 @@ fn draw(mean: &Tensor, logvar: &Tensor, streams: impl Iterator<Item = Stream>) -
 /// Opens the recipe's latent cache and encodes what it lacks: one draw from the posterior, which depends on the picture
 /// alone. Pictures that turn out broken are skipped; the dataset lists them.
 ///
+/// Ranks that keep latents in a folder share the work: first all ranks, and then, for what was written where others do not
+/// see it, the ranks of each machine. In memory, each rank encodes all that it may need.
+///
 /// # Errors
 /// If a latent is not finite (the VAE does not fit), or the cache cannot be written.
 pub fn encode_latents(
@@ -238,6 +245,7 @@ pub fn encode_latents(
     vae: &AutoencoderKL,
     vae_hash: &str,
     folder: &Path,
+    ranks: &Ranks,
     observe: &mut Observer,
 ) -> Result<Option<LatentCache>> {
     let c = &config.cache;
@@ -250,22 +258,30 @@ pub fn encode_latents(
     let ids: BTreeMap<ItemKey, u64> =
         items.iter().map(|i| (i.key, u64::from_str_radix(&i.id.as_str()[..16], 16).unwrap_or_default())).collect();
     let cache = LatentCache::open(place, vae_hash, dtype, items)?;
-    let mut missing = cache.missing();
-    let total = missing.len();
-    // Pictures of one bucket stand together, so that a batch has one size.
-    missing.sort_by_key(|k| (dataset.samples()[k.sample as usize].placement.bucket, *k));
-    let mut done = 0;
-    let mut rest = missing.as_slice();
-    while let Some(first) = rest.first() {
-        let bucket = |k: &ItemKey| dataset.samples()[k.sample as usize].placement.bucket;
-        let len = rest.iter().take(c.vae_batch_size.max(1)).take_while(|k| bucket(k) == bucket(first)).count();
-        let (keys, after) = rest.split_at(len);
-        rest = after;
-        encode_batch(dataset, vae, &cache, keys, &ids, config)?;
-        done += len;
-        observe(Event::Preparing("latents", done, total));
+    let shares = match (&config.cache.cache_latents_to_disk, ranks.count()) {
+        (true, 2..) => vec![(ranks.rank(), ranks.count()), (ranks.world.local_rank, ranks.world.local_world_size)],
+        _ => vec![(0, 1)],
+    };
+    for (number, of) in shares {
+        let mut missing = cache.missing();
+        // Pictures of one bucket stand together, so that a batch has one size.
+        missing.sort_by_key(|k| (dataset.samples()[k.sample as usize].placement.bucket, *k));
+        let missing: Vec<ItemKey> = missing.into_iter().skip(number).step_by(of).collect();
+        let mut done = 0;
+        let mut rest = missing.as_slice();
+        while let Some(first) = rest.first() {
+            let bucket = |k: &ItemKey| dataset.samples()[k.sample as usize].placement.bucket;
+            let len = rest.iter().take(c.vae_batch_size.max(1)).take_while(|k| bucket(k) == bucket(first)).count();
+            let (keys, after) = rest.split_at(len);
+            rest = after;
+            encode_batch(dataset, vae, &cache, keys, &ids, config)?;
+            done += len;
+            observe(Event::Preparing("latents", done, missing.len()));
+        }
+        cache.flush()?;
+        ranks.wait("the latents")?;
+        cache.reload()?;
     }
-    cache.flush()?;
     Ok(Some(cache))
 }
 

@@ -35,6 +35,17 @@ pub enum Error {
     /// A tensor operation.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+    /// Another process of the run, or the way to it.
+    #[error(transparent)]
+    Dist(#[from] dist::Error),
+    /// Processes that must hold the same weights do not.
+    #[error("after step {step} the weights are not the same on all ranks:{}", differing.iter().map(|(rank, tensor)| format!("\n  rank {rank}: {tensor} is not what rank 0 holds")).collect::<String>())]
+    RanksDiffer {
+        /// Steps finished.
+        step: u64,
+        /// Ranks that hold something else than rank 0, with the first tensor that differs.
+        differing: Vec<(usize, String)>,
+    },
     /// A preview could not be written as PNG.
     #[error("the picture `{}` cannot be written", path.display())]
     Picture {
@@ -99,6 +110,11 @@ impl Error {
         Self::Refused { what: what.into(), hint: hint.into() }
     }
 
+    /// Whether the cause lies with another process of the run, which tells it itself.
+    pub fn is_peer_failure(&self) -> bool {
+        matches!(self, Self::Dist(e) if e.is_peer_failure())
+    }
+
     /// The way out, where one is known.
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -109,6 +125,12 @@ impl Error {
             Self::Dataset(e) => e.hint(),
             Self::Optim(e) => e.hint(),
             Self::Diffusion(e) => e.hint(),
+            Self::Dist(e) => e.hint(),
+            Self::RanksDiffer { .. } => Some(
+                "the checkpoints up to the last one that was written are good: go on from there; if it happens again on the same \
+                 machine, its memory or its device is at fault"
+                    .into(),
+            ),
             Self::Checkpoint { .. } => {
                 Some("resume from another checkpoint of the run, or from `latest`, which passes over damaged ones".into())
             }

@@ -27,6 +27,21 @@ pub struct StepReport {
     pub images_per_second: f64,
     /// Whether the step was withheld because its loss or gradient was no number.
     pub withheld: bool,
+    /// Where the time of each rank went, in rank order.
+    #[serde(default)]
+    pub phases: Vec<Phases>,
+}
+
+/// Seconds of a rank's part of a step. A slow disk shows in `data`, a slow device in `compute`; the others then have a long
+/// `reduce`, and all have one where the link is slow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Phases {
+    /// Waiting for its batches.
+    pub data: f64,
+    /// Forward and backward passes.
+    pub compute: f64,
+    /// Waiting for the sums of the gradients after its last backward pass.
+    pub reduce: f64,
 }
 
 /// Something worth telling.

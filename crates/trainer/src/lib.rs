@@ -11,14 +11,18 @@ pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod dataset_tools;
+pub mod ddp;
 pub mod error;
 pub mod event;
 pub mod export;
+pub mod fault;
 pub mod interrupt;
 pub mod metadata;
 pub mod metrics;
 pub mod outputs;
 pub mod preview;
+pub mod ranks;
+pub mod resume;
 pub mod setup;
 pub mod step;
 pub mod timeline;
@@ -27,4 +31,6 @@ pub mod train;
 pub mod validation;
 pub mod verify;
 
+/// Starting the processes of a run.
+pub use dist::launch;
 pub use error::{Error, Result};

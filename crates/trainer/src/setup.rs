@@ -9,14 +9,17 @@ use lokr::{LokrNetwork, ParameterGroup};
 use ops::F32;
 use optim::Optimizer;
 use sdxl::Sdxl;
+use sdxl::checkpoint::{Checkpoint, ModelHash};
 use sdxl::tokenizer::Tokenizer;
 
 use crate::base;
 use crate::config::{Compat, ConfigError, RunConfig};
 use crate::data::{self, Data};
+use crate::ddp::Buckets;
 use crate::error::{Error, Result};
 use crate::event::{Event, Observer};
 use crate::outputs::Outputs;
+use crate::ranks::Ranks;
 use crate::step::{Objective, Trained};
 
 /// Everything that a run works with.
@@ -31,19 +34,28 @@ pub struct Parts {
     pub optimizer: Optimizer,
     /// Batches.
     pub data: Arc<Data>,
-    /// What the run leaves behind.
-    pub outputs: Outputs,
+    /// What the run leaves behind; on rank 0, which alone writes.
+    pub outputs: Option<Outputs>,
     /// The loss.
     pub objective: Objective,
     /// SHA-256 of the base model.
     pub base_hash: String,
 }
 
-/// Builds all parts and tells what was derived.
+/// What the parts are built from.
+pub struct Sources {
+    /// The pictures.
+    pub dataset: Dataset,
+    checkpoint: Checkpoint,
+    /// Identity of the base model.
+    pub hash: ModelHash,
+}
+
+/// Checks the recipe, lists the pictures and opens the base model's files.
 ///
 /// # Errors
-/// Anything that keeps the run from starting.
-pub fn build(config: &RunConfig, observe: &mut Observer) -> Result<Parts> {
+/// If the recipe cannot be run, a folder cannot be read, or the base is no model.
+pub fn open(config: &RunConfig, observe: &mut Observer) -> Result<Sources> {
     config.check().map_err(ConfigError::Problems)?;
     config.check_paths().map_err(ConfigError::Problems)?;
     for problem in config.warnings() {
@@ -53,8 +65,17 @@ pub fn build(config: &RunConfig, observe: &mut Observer) -> Result<Parts> {
     observe(Event::Note(report.to_string().trim_end().to_string()));
 
     let checkpoint = base::open_checkpoint(&config.model, config.train.compat == Some(Compat::SdScripts))?;
-    let model = base::load_model(&checkpoint)?;
     let hash = checkpoint.hash()?;
+    Ok(Sources { dataset, checkpoint, hash })
+}
+
+/// Builds all parts and tells what was derived.
+///
+/// # Errors
+/// Anything that keeps the run from starting.
+pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut Observer) -> Result<Parts> {
+    let Sources { dataset, checkpoint, hash } = sources;
+    let model = base::load_model(&checkpoint)?;
     let network = base::create_network(config, &model)?;
     observe(Event::Note(base::table(config, &network)));
     for pattern in network.unmatched() {
@@ -63,7 +84,7 @@ pub fn build(config: &RunConfig, observe: &mut Observer) -> Result<Parts> {
 
     let folder = latent_folder(config);
     let vae_hash = vae_identity(config, &hash.sha256)?;
-    let cache = data::encode_latents(config, &dataset, &model.vae, &vae_hash, &folder, observe)?;
+    let cache = data::encode_latents(config, &dataset, &model.vae, &vae_hash, &folder, ranks, observe)?;
     for (sample, why) in dataset.broken() {
         observe(Event::Warning(format!("left out: {}: {why}", dataset.samples()[sample as usize].path.display())));
     }
@@ -80,8 +101,8 @@ pub fn build(config: &RunConfig, observe: &mut Observer) -> Result<Parts> {
         gradient_checkpointing: config.train.gradient_checkpointing,
         train_text_encoder: trained.iter().any(|t| t.group.is_text_encoder()),
     };
-    let data = Arc::new(Data::new(config, dataset, cache)?);
-    let outputs = Outputs::new(config, &model, Tokenizer::new()?, &data, &hash)?;
+    let data = Arc::new(Data::new(config, dataset, cache, ranks.rank(), ranks.count())?);
+    let outputs = ranks.is_first().then(|| Outputs::new(config, &model, Tokenizer::new()?, &data, &hash)).transpose()?;
     observe(Event::Note(derived(config, &data, &sizes, &optimizer)));
     Ok(Parts { model, network, trained, optimizer, data, outputs, objective, base_hash: hash.sha256 })
 }
@@ -105,9 +126,10 @@ fn vae_identity(config: &RunConfig, base: &str) -> Result<String> {
 fn derived(config: &RunConfig, data: &Data, sizes: &[usize], optimizer: &Optimizer) -> String {
     let t = &config.train;
     let line = data.timeline;
-    let batch = t.batch_size * t.gradient_accumulation_steps;
+    let batch = t.batch_size as u64 * line.batches_per_step();
+    let shared = if line.ranks > 1 { format!(" x processes {}", line.ranks) } else { String::new() };
     format!(
-        "compute f32 on {} threads; batch {} x accumulation {} = {batch} images per step\n\
+        "compute f32 on {} threads; batch {} x accumulation {}{shared} = {batch} images per step\n\
          {} batches and {} steps per epoch; {} steps in all ({:.2} epochs)\n\
          {} with {} trained numbers; gradient checkpointing {}",
         rayon::current_num_threads(),
@@ -121,6 +143,33 @@ fn derived(config: &RunConfig, data: &Data, sizes: &[usize], optimizer: &Optimiz
         base::thousands(sizes.iter().sum()),
         if t.gradient_checkpointing { "on" } else { "off" },
     )
+}
+
+/// Waits until all ranks are ready, makes sure that they hold the same weights, and tells what the sum of the gradients costs.
+///
+/// # Errors
+/// If a rank is lost, or holds other weights.
+pub fn make_ready(
+    ranks: &Ranks,
+    trained: &[Trained],
+    optimizer: &Optimizer,
+    buckets: &Buckets,
+    step: u64,
+    observe: &mut Observer,
+) -> Result<()> {
+    ranks.wait("the first step")?;
+    ranks.check_equal(trained, optimizer, step)?;
+    if ranks.count() > 1 {
+        let lengths = buckets.lengths();
+        let millis = ranks.measure_sum(&lengths)?;
+        observe(Event::Note(format!(
+            "{} processes over TCP: {:.2} MB of gradients per step in {} buckets, summed in {millis:.2} ms (measured)",
+            ranks.count(),
+            lengths.iter().sum::<usize>() as f64 * 4.0 / 1e6,
+            lengths.len(),
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses a run in which a part is trained and its gradient, that of the first step, is exactly zero.

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use diffusion::{BatchNoise, LossConfig, Prediction, Schedule};
 use lokr::ParameterGroup;
-use ops::{F32, Parameter, Value};
+use ops::{F32, OnGradient, Parameter, Value};
 use optim::{Optimizer, clip};
 use sdxl::Sdxl;
 use sdxl::conditioning::added_condition;
@@ -84,15 +84,16 @@ pub fn forward(model: &Sdxl, objective: &Objective, batch: &MicroBatch) -> Resul
 }
 
 /// Forward and backward of one micro-batch; `share` of its gradient is added to the parameters' gradients. `share` is
-/// its part of the step's samples, so that a short last batch counts by its samples. Gives the loss of each sample.
+/// its part of the step's samples, so that a short last batch counts by its samples. `on_gradient` is told of each gradient
+/// that was added. Gives the loss of each sample.
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn micro_step(model: &Sdxl, objective: &Objective, batch: &MicroBatch, share: f64) -> Result<Vec<f64>> {
+pub fn micro_step(model: &Sdxl, objective: &Objective, batch: &MicroBatch, share: f64, on_gradient: &mut OnGradient) -> Result<Vec<f64>> {
     let forward = forward(model, objective, batch)?;
     // A loss that is no number has no gradient worth adding; the caller sees it and withholds the step.
     if forward.loss.is_finite() {
-        ops::backward(vec![(forward.prediction, (forward.gradient * share)?)])?;
+        ops::backward_with(vec![(forward.prediction, (forward.gradient * share)?)], on_gradient)?;
     }
     Ok(forward.per_sample)
 }

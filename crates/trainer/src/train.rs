@@ -3,16 +3,21 @@
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use dist::World;
 use lokr::ParameterGroup;
 use optim::{Optimizer, Schedule};
 use sdxl::Sdxl;
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, RunState, Snapshot};
-use crate::config::{OnNonFinite, OutputConfig, Resume, RunConfig};
+use crate::config::{OnNonFinite, OutputConfig, RunConfig};
 use crate::data::{self, Data, Prepared};
+use crate::ddp::Buckets;
 use crate::error::{Error, Result};
-use crate::event::{Event, Observer, StepReport};
+use crate::event::{Event, Observer, Phases, StepReport};
 use crate::interrupt::Interrupt;
+use crate::ranks::Ranks;
+use crate::resume;
 use crate::setup::{self, Parts};
 use crate::step::{self, Objective, Trained};
 
@@ -54,11 +59,23 @@ pub fn in_pool<T: Send>(threads: Option<usize>, work: impl FnOnce() -> Result<T>
 }
 
 fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) -> Result<Outcome> {
+    let world = World::from_env()?;
+    let mut silent = |_: Event| {};
+    let observe: &mut Observer = if world.rank == 0 { observe } else { &mut silent };
     let run = config.output.dir.clone();
     storage::create_dir_all(&run)?;
-    let _lock = storage::Lock::acquire(&run.join("run.lock"))?;
-    let resume = find_checkpoint(config, observe)?;
-    let Parts { model, network, trained, mut optimizer, data, outputs, objective, base_hash } = setup::build(config, observe)?;
+    let (_lock, found) = match world.rank {
+        0 => (Some(storage::Lock::acquire(&run.join("run.lock"))?), resume::find_checkpoint(config, observe)?),
+        _ => (None, None),
+    };
+    let sources = setup::open(config, observe)?;
+    let ranks = Ranks::meet(world, config, sources.dataset.fingerprint(), sources.hash.sha256.clone())?;
+    let found = ranks.value_of_first("checkpoint to go on from", found)?;
+    let recipe = config.to_toml();
+    let mut config = config.clone();
+    config.train.gradient_accumulation_steps = resume::accumulation(&config, found.as_ref(), ranks.count(), options, observe)?;
+    let Parts { model, network, trained, mut optimizer, data, outputs, objective, base_hash } =
+        setup::build(&config, sources, &ranks, observe)?;
     let timeline = data.timeline;
 
     let mut state = RunState {
@@ -69,91 +86,137 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         loss_average: 0.0,
         withheld_steps: 0,
         consecutive_withheld: 0,
+        world_size: ranks.count() as u64,
+        batches_per_step: timeline.batches_per_step(),
         plan_fingerprint: data.plan(0)?.fingerprint().into(),
         dataset_fingerprint: data.dataset.fingerprint(),
         base_hash,
     };
-    let recipe = config.to_toml();
-    let from = resume.as_ref().map(|found| found.path.clone());
-    if let Some(found) = resume {
-        refuse_changes(&found, &recipe, &state, options)?;
-        found.restore(&trained, &mut optimizer)?;
-        observe(Event::Note(resume_plan(&found, &data)?));
-        state = RunState { lokr: state.lokr, ..found.state };
+    let from = found.as_ref().map(|found| found.path.clone());
+    if let Some(found) = found {
+        resume::refuse_changes(&found, &recipe, &state, options)?;
+        if ranks.is_first() {
+            found.restore(&trained, &mut optimizer)?;
+        }
+        ranks.copy_state_of_first(&trained, &mut optimizer)?;
+        observe(Event::Note(resume::plan(&found, &data)?));
+        let RunState { lokr, world_size, batches_per_step, .. } = state;
+        state = RunState { lokr, world_size, batches_per_step, ..found.state };
     }
-    storage::write_whole(&run.join("recipe.toml"), recipe.as_bytes())?;
-    checkpoint::clean(&run)?;
-    for path in checkpoint::set_aside(&run, from.as_deref(), state.step)? {
-        observe(Event::Warning(format!("a checkpoint that this run does not go on from is kept as {}", path.display())));
+    if let Some(outputs) = &outputs {
+        storage::write_whole(&run.join("recipe.toml"), recipe.as_bytes())?;
+        checkpoint::clean(&run)?;
+        for path in checkpoint::set_aside(&run, from.as_deref(), state.step)? {
+            observe(Event::Warning(format!("a checkpoint that this run does not go on from is kept as {}", path.display())));
+        }
+        outputs.metrics.keep_until(state.step)?;
+        outputs.before_first_step(state.step, &model, observe)?;
+        if state.step > 0 {
+            outputs.complete(&network, state.step, state.step == timeline.total_steps, &model, observe)?;
+        }
     }
-    outputs.metrics.keep_until(state.step)?;
-    outputs.before_first_step(state.step, &model, observe)?;
-    if state.step > 0 {
-        outputs.complete(&network, state.step, state.step == timeline.total_steps, &model, observe)?;
-    }
+    let mut buckets = Buckets::new(&trained, config.train.ddp_bucket_cap_mb);
+    setup::make_ready(&ranks, &trained, &optimizer, &buckets, state.step, observe)?;
 
-    let rates = Rates::new(config, timeline.total_steps)?;
-    let mut batches = data::prefetch(&data, timeline.first_batch(state.step))?;
+    let rates = Rates::new(&config, timeline.total_steps)?;
+    let mut batches = data::prefetch(&data, state.step)?;
     let mut writer = Writer::default();
+    let run = Run { config: &config, ranks: &ranks, model: &model, objective: &objective, trained: &trained, data: &data, rates: &rates };
     observe(Event::Start { done: state.step, total: timeline.total_steps });
     while state.step < timeline.total_steps {
-        if options.interrupt.requested() {
-            save(config, &trained, &optimizer, &state, &data, &recipe, &mut writer)?;
+        if ranks.group.any("stop", options.interrupt.requested()).map_err(Error::from)? {
+            if ranks.is_first() {
+                save(&config, &trained, &optimizer, &state, &data, &recipe, &mut writer)?;
+            }
             writer.finish(observe)?;
             observe(Event::Note(format!("stopped after step {} of {}; run the same command to go on", state.step, timeline.total_steps)));
+            ranks.wait("the end of the run")?;
             return Ok(Outcome::Interrupted);
         }
-        let report = train_step(&model, &objective, &trained, &mut optimizer, &data, &mut batches, &rates, config, &mut state, observe)?;
-        outputs.metrics.write(&report)?;
-        observe(Event::Step(report.clone()));
+        let report = train_step(&run, &mut optimizer, &mut batches, &mut buckets, &mut state, observe)?;
         let due = |n: Option<u64>| n.is_some_and(|n| n > 0 && state.step.is_multiple_of(n));
         let last = state.step == timeline.total_steps;
-        if due(config.output.save_every_n_steps) || last {
-            save(config, &trained, &optimizer, &state, &data, &recipe, &mut writer)?;
-            match outputs.export(&network, state.step, last, observe) {
-                Err(error) if !last => observe(not_saved("LoKr file", &error)),
-                done => done?,
-            }
+        let save_due = due(config.output.save_every_n_steps) || last;
+        if save_due || due(config.train.ddp_check_every_n_steps) {
+            ranks.check_equal(&trained, &optimizer, state.step)?;
         }
-        outputs.after_step(state.step, last, &model, observe)?;
-        writer.poll(observe)?;
+        if let Some(outputs) = &outputs {
+            outputs.metrics.write(&report)?;
+            observe(Event::Step(report));
+            if save_due {
+                save(&config, &trained, &optimizer, &state, &data, &recipe, &mut writer)?;
+                ranks.fault.at("checkpoint", state.step);
+                match outputs.export(&network, state.step, last, observe) {
+                    Err(error) if !last => observe(not_saved("LoKr file", &error)),
+                    done => done?,
+                }
+            }
+            outputs.after_step(state.step, last, &model, observe)?;
+            writer.poll(observe)?;
+        }
+        if save_due || due(config.sample.sample_every_n_steps) || due(config.validation.every_n_steps) {
+            ranks.wait("what rank 0 writes")?;
+        }
     }
     writer.finish(observe)?;
-    outputs.finish(observe)?;
+    if let Some(outputs) = &outputs {
+        outputs.finish(observe)?;
+    }
+    ranks.wait("the end of the run")?;
     Ok(Outcome::Finished)
 }
 
-/// One optimizer step: its micro-batches, the check of their gradient, the update.
-#[allow(clippy::too_many_arguments)]
+/// What a step works with and does not change as a whole.
+struct Run<'a> {
+    config: &'a RunConfig,
+    ranks: &'a Ranks,
+    model: &'a Sdxl,
+    objective: &'a Objective,
+    trained: &'a [Trained],
+    data: &'a Data,
+    rates: &'a Rates,
+}
+
+/// One optimizer step: this rank's micro-batches, the sum of the gradients over all ranks, their check, the update.
 fn train_step(
-    model: &Sdxl,
-    objective: &Objective,
-    trained: &[Trained],
+    run: &Run,
     optimizer: &mut Optimizer,
-    data: &Data,
-    batches: &mut impl Iterator<Item = Result<Prepared>>,
-    rates: &Rates,
-    config: &RunConfig,
+    batches: &mut impl Iterator<Item = Option<Result<Prepared>>>,
+    buckets: &mut Buckets,
     state: &mut RunState,
     observe: &mut Observer,
 ) -> Result<StepReport> {
+    let Run { config, ranks, model, objective, trained, data, rates } = *run;
     let started = Instant::now();
-    let sizes = data.window_sizes(state.step)?;
-    let samples: usize = sizes.iter().sum();
-    let (mut loss, mut seen) = (0.0, Vec::with_capacity(samples));
+    let samples = data.samples_of(state.step)?;
+    let (mut loss, mut seen, mut phases) = (0.0, Vec::new(), Phases::default());
     let mut first_bad = None;
-    for size in sizes {
-        let Some(prepared) = batches.next() else { return Err(candle_core::Error::Msg("the plan ended before the run".into()).into()) };
-        let prepared = prepared?;
+    let turns = data.timeline.accumulation;
+    for turn in 0..turns {
+        let waiting = Instant::now();
+        let Some(next) = batches.next() else { return Err(candle_core::Error::Msg("the plan ended before the run".into()).into()) };
+        let Some(prepared) = next.transpose()? else { continue };
         seen.extend_from_slice(&prepared.samples);
         let batch = data.finish(prepared, &model.vae)?;
-        let per_sample = step::micro_step(model, objective, &batch, size as f64 / samples as f64)?;
+        phases.data += waiting.elapsed().as_secs_f64();
+        let computing = Instant::now();
+        ranks.fault.at("forward", state.step);
+        buckets.begin_pass();
+        let last = turn + 1 == turns || data.timeline.batch_of(state.step, turn + 1, ranks.rank() as u64).is_none();
+        let share = batch.len() as f64 / samples as f64;
+        let on_gradient = &mut |parameter: &_| buckets.gradient_added(ranks, trained, parameter, last);
+        let per_sample = step::micro_step(model, objective, &batch, share, on_gradient)?;
         let share = per_sample.iter().sum::<f64>() / samples as f64;
         if !share.is_finite() && first_bad.is_none() {
             first_bad = Some(step::locate_non_finite(model, objective, &batch)?);
         }
         loss += share;
+        phases.compute += computing.elapsed().as_secs_f64();
     }
+    phases.reduce = buckets.finish(ranks, trained, state.step)?;
+    let shares = ranks.gather("loss of the step", &Share { loss: loss.to_bits(), first_bad, phases })?;
+    // The same number on all ranks, and so is the norm: what follows from them is decided by all alike.
+    let loss: f64 = shares.iter().map(|s| f64::from_bits(s.loss)).sum();
     if state.step == 0 {
         setup::check_gradients(config, trained)?;
     }
@@ -165,8 +228,10 @@ fn train_step(
         trained.iter().for_each(|t| t.parameter.zero_grad());
         state.withheld_steps += 1;
         state.consecutive_withheld += 1;
+        let first_bad = shares.iter().find_map(|s| s.first_bad.clone());
         let what = first_bad.unwrap_or_else(|| format!("the gradient of {}", bad.unwrap_or_default()));
         let names: Vec<String> = seen.iter().map(|&s| data.path(s).display().to_string()).collect();
+        let names = ranks.gather("samples of the step", &names)?.concat();
         let found = Error::NotFinite { what, step: state.step + 1, samples: names.join(", ") };
         if config.train.on_non_finite == OnNonFinite::Stop || state.consecutive_withheld >= config.train.max_withheld_steps {
             return Err(found);
@@ -180,6 +245,7 @@ fn train_step(
     let (epoch, _) = data.timeline.window(state.step);
     state.step += 1;
     state.samples_seen += samples as u64;
+    ranks.spoil_weights(trained, state.step)?;
     let seconds = started.elapsed().as_secs_f64();
     Ok(StepReport {
         step: state.step,
@@ -193,7 +259,18 @@ fn train_step(
         seconds,
         images_per_second: samples as f64 / seconds,
         withheld,
+        phases: shares.into_iter().map(|s| s.phases).collect(),
     })
+}
+
+/// What a rank tells the others of its part of a step.
+#[derive(Serialize, Deserialize)]
+struct Share {
+    /// Bits of its part of the loss, which may be no number.
+    loss: u64,
+    /// Where that began, if it is none.
+    first_bad: Option<String>,
+    phases: Phases,
 }
 
 /// The learning rate of each part at each step.
@@ -220,53 +297,6 @@ impl StepRates {
     fn of(&self, group: ParameterGroup) -> f64 {
         self.0.iter().find(|(g, _)| *g == group).map_or(0.0, |(_, rate)| *rate)
     }
-}
-
-/// The checkpoint that the recipe wants to go on from.
-fn find_checkpoint(config: &RunConfig, observe: &mut Observer) -> Result<Option<checkpoint::Found>> {
-    let run = &config.output.dir;
-    match &config.output.resume {
-        Resume::From(path) => Ok(Some(checkpoint::open(path)?)),
-        resume => {
-            let (found, passed) = checkpoint::find_newest_whole(run)?;
-            for why in passed {
-                observe(Event::Warning(format!("passed over {why}")));
-            }
-            if *resume == Resume::Never && found.is_some() {
-                return Err(Error::RunExists { path: run.clone() });
-            }
-            Ok(found)
-        }
-    }
-}
-
-/// Refuses a checkpoint whose recipe, data or base model is another one.
-fn refuse_changes(found: &checkpoint::Found, recipe: &str, now: &RunState, options: &Options) -> Result<()> {
-    let mut differences = checkpoint::differences(&found.recipe, recipe);
-    if found.state.dataset_fingerprint != now.dataset_fingerprint {
-        differences.push("dataset: pictures, captions or their places are not those of the checkpoint".into());
-    }
-    if found.state.base_hash != now.base_hash {
-        differences.push("model.base: another file than the checkpoint's".into());
-    }
-    if differences.is_empty() || options.allow_recipe_change {
-        return Ok(());
-    }
-    Err(Error::RecipeChanged { path: found.path.clone(), differences })
-}
-
-/// What a resume will do, before it does it.
-fn resume_plan(found: &checkpoint::Found, data: &Data) -> Result<String> {
-    let (step, total) = (found.state.step, data.timeline.total_steps);
-    let mut text = format!("resuming from {}: {step} of {total} steps done", found.path.display());
-    if step < total {
-        let (epoch, range) = data.timeline.window(step);
-        let plan = data.plan(epoch)?;
-        let next = plan.batch(range.start as usize).and_then(|b| b.entries.first().copied());
-        let name = next.map_or_else(String::new, |e| data.path(e.sample).display().to_string());
-        text += &format!(", {} remain; next: epoch {epoch}, batch {} of {}, sample {name}", total - step, range.start, plan.len());
-    }
-    Ok(text)
 }
 
 /// Hands a snapshot to the writer.

@@ -107,7 +107,7 @@ fn run(kind: OptimizerKind, name: &str, untransposed: bool, weights: Option<(&st
         for s in 0..10 {
             for (m, want) in losses[s].as_array().unwrap().iter().enumerate() {
                 let batch = r.batch(2 * s + m, number("noise_offset"));
-                let per_sample = step::micro_step(&model, &objective, &batch, 0.5).unwrap();
+                let per_sample = step::micro_step(&model, &objective, &batch, 0.5, &mut |_| Ok(())).unwrap();
                 let loss = per_sample.iter().sum::<f64>() / per_sample.len() as f64;
                 let want = want.as_f64().unwrap();
                 // f32 state: the README's bound. `lion8bit`: another quantizer.

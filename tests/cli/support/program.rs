@@ -80,6 +80,22 @@ fn command(folder: &Path, args: &[&str]) -> Command {
     command
 }
 
+/// The command that runs `lokr` in a folder, for starts that are not the plain one.
+pub fn lokr_command(folder: &Path, args: &[&str]) -> Command {
+    command(folder, args)
+}
+
+/// Runs a command to its end.
+pub fn ran(command: &mut Command) -> Ran {
+    let ran = command.output().expect("the program starts");
+    Ran::new(ran.status, &ran.stdout, &ran.stderr)
+}
+
+/// The program's path.
+pub fn program_path() -> PathBuf {
+    program()
+}
+
 /// Runs `lokr` in a folder to its end.
 pub fn lokr(folder: &Path, args: &[&str]) -> Ran {
     let ran = command(folder, args).output().expect("the program starts");

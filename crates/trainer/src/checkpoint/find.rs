@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use optim::{Optimizer, StateDtype, StateTensor};
+use serde::{Deserialize, Serialize};
 use storage::safetensors::{Dtype, SafeTensors};
 
 use super::{ADAPTER, MANIFEST, Manifest, OPTIMIZER, RECIPE, RunState, STATE, folder, step_of};
@@ -11,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::step::Trained;
 
 /// A checkpoint whose files are all there and have their hashes.
+#[derive(Serialize, Deserialize)]
 pub struct Found {
     /// Its folder.
     pub path: PathBuf,

@@ -44,12 +44,22 @@ pub struct RunState {
     pub withheld_steps: u64,
     /// Withheld steps directly before this point.
     pub consecutive_withheld: u64,
+    /// Processes of the run that wrote it.
+    #[serde(default = "one")]
+    pub world_size: u64,
+    /// Batches of a step, all processes together: accumulation x processes. 0: the recipe's accumulation.
+    #[serde(default)]
+    pub batches_per_step: u64,
     /// Fingerprint of the plan of the epoch that the next step belongs to.
     pub plan_fingerprint: String,
     /// Fingerprint of the dataset.
     pub dataset_fingerprint: String,
     /// Hash of the base model (SHA-256).
     pub base_hash: String,
+}
+
+fn one() -> u64 {
+    1
 }
 
 impl RunState {

@@ -78,6 +78,11 @@ impl RunConfig {
         report.at_least_one(keys[0], t.max_train_steps);
         report.at_least_one(keys[1], t.max_train_epochs);
         report.at_least_one("train.batch_size", Some(t.batch_size as u64));
+        let fine = t.ddp_timeout.is_none_or(|minutes| minutes > 0.0 && minutes <= 1e6);
+        let what = format!("train.ddp_timeout = {}", written(&t.ddp_timeout));
+        report.require(fine, &["train.ddp_timeout"], what, "set it above 0 and to at most 1000000 minutes");
+        let what = format!("train.ddp_bucket_cap_mb = {}", written(&t.ddp_bucket_cap_mb));
+        report.require(t.ddp_bucket_cap_mb > 0.0, &["train.ddp_bucket_cap_mb"], what, "set it above 0");
         report.at_least_one("train.gradient_accumulation_steps", Some(t.gradient_accumulation_steps as u64));
         report.at_least_one("train.threads", t.threads.map(|n| n as u64));
         if let (StepCount::Steps(warmup), Some(steps)) = (t.lr_warmup_steps, t.max_train_steps) {

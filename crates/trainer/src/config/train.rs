@@ -127,7 +127,7 @@ section! {
         max_train_epochs: Option<u64> = None, same;
         /// Samples in one forward pass, per process.
         batch_size: usize = 1, sd("train_batch_size");
-        /// Forward passes whose gradients are added up for one optimizer step.
+        /// Forward passes on each process whose gradients are added up for one optimizer step.
         gradient_accumulation_steps: usize = 1, same;
         /// Seed of everything random in the run.
         seed: u64 = 0, same;
@@ -203,6 +203,13 @@ section! {
         /// checkpoints (projection not transposed), loss weights from the schedule before `zero_terminal_snr`, and, unless the recipe
         /// gives it, `dataset.crop_condition`. For comparisons with its runs.
         compat: Option<Compat> = None, ours;
+        /// Minutes that processes wait for one of them, at the start and in a step. If absent: 10.
+        ddp_timeout: Option<f64> = None, same;
+        /// Size in MiB of the pieces in which several processes add up their gradients.
+        ddp_bucket_cap_mb: f64 = 25.0, ours;
+        /// Optimizer steps between checks that all processes hold the same weights. They are checked at the start and before
+        /// each checkpoint in any case.
+        ddp_check_every_n_steps: Option<u64> = None, ours;
         /// Threads for computing. If absent: one for each core.
         threads: Option<usize> = None, ours;
     }

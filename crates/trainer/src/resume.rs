@@ -1,0 +1,117 @@
+//! From which checkpoint a run goes on, whether it may, and with which accumulation when the number of processes is another.
+
+use toml::Table;
+
+use crate::checkpoint::{self, Found, RunState};
+use crate::config::{Resume, RunConfig};
+use crate::data::Data;
+use crate::error::{Error, Result};
+use crate::event::{Event, Observer};
+use crate::train::Options;
+
+/// The checkpoint that the recipe wants to go on from.
+///
+/// # Errors
+/// If the one that it names is not whole, or there is one and the recipe says to begin anew.
+pub fn find_checkpoint(config: &RunConfig, observe: &mut Observer) -> Result<Option<Found>> {
+    let run = &config.output.dir;
+    match &config.output.resume {
+        Resume::From(path) => Ok(Some(checkpoint::open(path)?)),
+        resume => {
+            let (found, passed) = checkpoint::find_newest_whole(run)?;
+            for why in passed {
+                observe(Event::Warning(format!("passed over {why}")));
+            }
+            if *resume == Resume::Never && found.is_some() {
+                return Err(Error::RunExists { path: run.clone() });
+            }
+            Ok(found)
+        }
+    }
+}
+
+/// The accumulation with which `ranks` processes go on. Where the recipe's would make steps of another number of batches than
+/// the checkpoint's, and the user has not changed it, it is adjusted so that the steps stay the same ones.
+///
+/// # Errors
+/// If these processes cannot share the batches of a step evenly.
+pub fn accumulation(config: &RunConfig, found: Option<&Found>, ranks: usize, options: &Options, observe: &mut Observer) -> Result<usize> {
+    let now = config.train.gradient_accumulation_steps;
+    let Some(found) = found.filter(|_| !options.allow_recipe_change) else { return Ok(now) };
+    let (then, of_step) = (recipe_accumulation(found).unwrap_or(now), batches_per_step(found));
+    if now * ranks == of_step || now != then {
+        return Ok(now);
+    }
+    let saved_on = found.state.world_size;
+    if !of_step.is_multiple_of(ranks) {
+        let fits: Vec<String> = (1..=of_step).filter(|n| of_step.is_multiple_of(*n)).map(|n| n.to_string()).collect();
+        return Err(Error::refused(
+            format!(
+                "checkpoint `{}` was saved on {saved_on} processes with {of_step} batches in each step, which {ranks} processes cannot share",
+                found.path.display()
+            ),
+            format!(
+                "start {} processes, or resume with --allow-recipe-change to go on with steps of {} batches",
+                fits.join(", "),
+                now * ranks
+            ),
+        ));
+    }
+    let adjusted = of_step / ranks;
+    observe(Event::Note(format!(
+        "saved on {saved_on} processes, going on on {ranks}: accumulation {adjusted} in place of the recipe's {now}, so that a step has \
+         the same {of_step} batches"
+    )));
+    Ok(adjusted)
+}
+
+/// Batches of a step of the run that wrote the checkpoint.
+fn batches_per_step(found: &Found) -> usize {
+    match found.state.batches_per_step {
+        0 => recipe_accumulation(found).unwrap_or(1),
+        n => n as usize,
+    }
+}
+
+fn recipe_accumulation(found: &Found) -> Option<usize> {
+    let recipe: Table = found.recipe.parse().ok()?;
+    usize::try_from(recipe.get("train")?.get("gradient_accumulation_steps")?.as_integer()?).ok()
+}
+
+/// Refuses a checkpoint whose recipe, data or base model is another one.
+///
+/// # Errors
+/// [`Error::RecipeChanged`] with all differences.
+pub fn refuse_changes(found: &Found, recipe: &str, now: &RunState, options: &Options) -> Result<()> {
+    let mut differences = checkpoint::differences(&found.recipe, recipe);
+    if batches_per_step(found) == now.batches_per_step as usize {
+        differences.retain(|d| !d.starts_with("train.gradient_accumulation_steps:"));
+    }
+    if found.state.dataset_fingerprint != now.dataset_fingerprint {
+        differences.push("dataset: pictures, captions or their places are not those of the checkpoint".into());
+    }
+    if found.state.base_hash != now.base_hash {
+        differences.push("model.base: another file than the checkpoint's".into());
+    }
+    if differences.is_empty() || options.allow_recipe_change {
+        return Ok(());
+    }
+    Err(Error::RecipeChanged { path: found.path.clone(), differences })
+}
+
+/// What a resume will do, before it does it.
+///
+/// # Errors
+/// If the plan of the next step's epoch cannot be made.
+pub fn plan(found: &Found, data: &Data) -> Result<String> {
+    let (step, total) = (found.state.step, data.timeline.total_steps);
+    let mut text = format!("resuming from {}: {step} of {total} steps done", found.path.display());
+    if step < total {
+        let (epoch, range) = data.timeline.window(step);
+        let plan = data.plan(epoch)?;
+        let next = plan.batch(range.start as usize).and_then(|b| b.entries.first().copied());
+        let name = next.map_or_else(String::new, |e| data.path(e.sample).display().to_string());
+        text += &format!(", {} remain; next: epoch {epoch}, batch {} of {}, sample {name}", total - step, range.start, plan.len());
+    }
+    Ok(text)
+}
