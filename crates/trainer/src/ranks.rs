@@ -109,7 +109,7 @@ impl Ranks {
     }
 
     /// Rank 0's bytes on all ranks; the others give none.
-    fn from_first(&self, name: &str, bytes: Vec<u8>) -> Result<Vec<u8>> {
+    fn bytes_of_first(&self, name: &str, bytes: Vec<u8>) -> Result<Vec<u8>> {
         let bytes = if self.is_first() { bytes } else { Vec::new() };
         Ok(self.group.all_gather(name, &bytes)?.into_iter().next().unwrap_or_default())
     }
@@ -122,7 +122,7 @@ impl Ranks {
         if self.count() == 1 {
             return Ok(value);
         }
-        let bytes = self.from_first(name, serde_json::to_vec(&value).unwrap_or_default())?;
+        let bytes = self.bytes_of_first(name, serde_json::to_vec(&value).unwrap_or_default())?;
         serde_json::from_slice(&bytes).map_err(|e| broken(name, &e.to_string()))
     }
 
@@ -134,10 +134,10 @@ impl Ranks {
         if self.count() == 1 {
             return Ok(());
         }
-        let adapter = self.from_first("the adapter of the checkpoint", adapter_bytes(trained)?)?;
+        let adapter = self.bytes_of_first("the adapter of the checkpoint", adapter_bytes(trained)?)?;
         let (described, bytes) = optimizer_state(optimizer);
         let described: Vec<Described> = self.value_of_first("the optimizer's tensors", described)?;
-        let state = self.from_first("the optimizer's state", bytes)?;
+        let state = self.bytes_of_first("the optimizer's state", bytes)?;
         if self.is_first() {
             return Ok(());
         }
