@@ -62,10 +62,11 @@ fn alone() -> &'static World {
 
 #[test]
 fn two_and_four_processes_train_what_one_trains() {
-    for (processes, accumulation) in [("2", "2"), ("4", "1")] {
+    for (processes, accumulation, checkpointing) in [("2", "2", "true"), ("4", "1", "false")] {
         let world = World::new(&format!("{processes}-processes"));
         let accumulation = format!("train.gradient_accumulation_steps={accumulation}");
-        let ran = world.lokr(&launched(processes, &[], &[TWENTY, &[&accumulation]].concat())).ended_with(0);
+        let checkpointing = format!("train.gradient_checkpointing={checkpointing}");
+        let ran = world.lokr(&launched(processes, &[], &[TWENTY, &[&accumulation, &checkpointing]].concat())).ended_with(0);
         assert_same_training(alone(), &world, 20);
         // Rank 0 alone speaks, and says what the processes cost.
         assert!(ran.out.lines().all(|l| l.starts_with("[rank 0] ")), "{}", ran.all());
@@ -112,6 +113,26 @@ fn a_stopped_run_of_two_ends_with_the_bytes_of_one_that_never_stopped() {
     }
     assert_same_folder(checkpoint(&whole.run(), 7), checkpoint(&stopped.run(), 7));
     assert_same_file(whole.run().join("shapes.safetensors"), stopped.run().join("shapes.safetensors"));
+}
+
+#[test]
+fn a_signal_to_one_rank_stops_all_after_the_same_step() {
+    let world = World::new("rank-signal");
+    let mut running = start(&world.folder, &launched("2", &[], &["train.max_train_steps=100000"]));
+    assert!(running.wait_until(|| steps_so_far(&world.run()) >= 2), "it ended early");
+    let is_rank_1 = |process: &std::path::Path| {
+        let here = std::fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd == world.folder);
+        here && std::fs::read(process.join("environ")).is_ok_and(|vars| vars.split(|b| *b == 0).any(|v| v == b"RANK=1"))
+    };
+    let processes = std::fs::read_dir("/proc").expect("the processes").flatten().map(|entry| entry.path());
+    let found: Vec<_> = processes.filter(|process| is_rank_1(process)).collect();
+    let [rank] = &found[..] else { panic!("{found:?}") };
+    let pid = rank.file_name().expect("a number").to_string_lossy().into_owned();
+    assert!(std::process::Command::new("kill").arg(pid).status().expect("kill starts").success());
+    let ran = running.end().ended_with(3);
+    let last = *steps_in_metrics(&world.run()).last().expect("steps");
+    assert!(ran.out.contains(&format!("stopped after step {last} of 100000")), "{}", ran.all());
+    assert_eq!(checkpoints(&world.run()).last().map(String::as_str), Some(format!("step-{last:08}").as_str()));
 }
 
 #[test]

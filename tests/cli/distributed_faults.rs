@@ -71,6 +71,8 @@ fn a_rank_that_hangs_is_named_by_the_others() {
     let line = ran.err.lines().find_map(|l| l.strip_prefix("[rank 0] ").filter(|l| l.starts_with(told)));
     assert!(line.is_some_and(|l| l.contains("did not come to all-reduce \"gradient bucket 0\"")), "{}", ran.all());
     assert!(ran.err.contains("error: rank 0 (local rank 0) ended because of another rank"), "{}", ran.all());
+    // Before it is an error, it is told.
+    assert!(ran.err.contains("waiting for rank 1 ("), "{}", ran.all());
     assert_nobody_is_left(&world.folder);
 }
 

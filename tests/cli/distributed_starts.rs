@@ -6,16 +6,20 @@ use crate::support::*;
 
 const SHORT: &[&str] = &["train.max_train_steps=4", "train.gradient_accumulation_steps=1"];
 
-/// Runs `launcher` with `before` in front of the program and its arguments; `None` with a message where it is not installed.
-fn under(launcher: &str, probe: &str, before: &[&str], world: &World) -> Option<Ran> {
-    if !Command::new(launcher).arg(probe).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success()) {
-        eprintln!("skipped: {launcher} is not installed");
+/// Runs the program under `launcher`; `None` with a message where that cannot even start `true`.
+fn under(launcher: &str, options: &[&str], world: &World) -> Option<Ran> {
+    let command = |program: &std::path::Path| {
+        let mut command = Command::new(launcher);
+        command.args(options).arg(program).current_dir(&world.folder).env_remove("RUST_LOG");
+        command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1").env("OMP_NUM_THREADS", "1");
+        command
+    };
+    let works = command("true".as_ref()).stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|s| s.success());
+    if !works {
+        eprintln!("skipped: {launcher} is not installed, or starts nothing here");
         return None;
     }
-    let mut command = Command::new(launcher);
-    command.args(before).arg(program_path()).args(arguments(SHORT)).current_dir(&world.folder).env_remove("RUST_LOG");
-    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1").env("OMP_NUM_THREADS", "1");
-    Some(ran(&mut command))
+    Some(ran(command(&program_path()).args(arguments(SHORT))))
 }
 
 /// Two processes were one run: its start block says so, and each step is in the metrics once, with two timings.
@@ -27,12 +31,14 @@ fn assert_two_trained(ran: Ran, world: &World) {
     assert!(metrics(&world.run()).iter().all(|l| l["phases"].as_array().is_some_and(|p| p.len() == 2)));
 }
 
+/// torchrun of PyTorch, from the environment that `LOKR_TORCH_VENV` names or from the PATH (`pip install torch numpy`).
 #[test]
 fn under_torchrun() {
     let world = World::new("torchrun");
-    // Older versions know the option in this spelling alone, newer ones both.
-    let before = ["--no_python", "--standalone", "--nproc_per_node", "2"];
-    if let Some(ran) = under("torchrun", "--help", &before, &world) {
+    let torchrun = std::env::var("LOKR_TORCH_VENV").map_or_else(|_| "torchrun".into(), |venv| format!("{venv}/bin/torchrun"));
+    // Older versions know the first option in this spelling alone, newer ones both.
+    let options = ["--no_python", "--standalone", "--nproc_per_node", "2"];
+    if let Some(ran) = under(&torchrun, &options, &world) {
         assert_two_trained(ran, &world);
     }
 }
@@ -40,7 +46,7 @@ fn under_torchrun() {
 #[test]
 fn under_mpirun() {
     let world = World::new("mpirun");
-    if let Some(ran) = under("mpirun", "--version", &["-n", "2", "--oversubscribe"], &world) {
+    if let Some(ran) = under("mpirun", &["-n", "2", "--oversubscribe"], &world) {
         assert_two_trained(ran, &world);
     }
 }

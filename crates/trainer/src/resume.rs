@@ -115,3 +115,69 @@ pub fn plan(found: &Found, data: &Data) -> Result<String> {
     }
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn saved(accumulation: usize, world_size: u64) -> Found {
+        let state = RunState {
+            format: RunState::FORMAT,
+            lokr: String::new(),
+            step: 3,
+            samples_seen: 0,
+            loss_average: 0.0,
+            withheld_steps: 0,
+            consecutive_withheld: 0,
+            world_size,
+            batches_per_step: accumulation as u64 * world_size,
+            plan_fingerprint: String::new(),
+            dataset_fingerprint: String::new(),
+            base_hash: String::new(),
+        };
+        Found { path: "run/checkpoints/step-00000003".into(), state, recipe: with(accumulation).to_toml() }
+    }
+
+    fn with(accumulation: usize) -> RunConfig {
+        let mut config = RunConfig::default();
+        config.train.gradient_accumulation_steps = accumulation;
+        config
+    }
+
+    #[test]
+    fn the_batches_of_a_step_stay_where_the_processes_can_share_them() {
+        // Recipe then, processes then, recipe now, processes now; accumulation or refusal.
+        for (then, on, now, ranks, want) in [
+            (1, 4, 1, 4, Some(1)),
+            (1, 4, 1, 2, Some(2)),
+            (1, 4, 1, 1, Some(4)),
+            (4, 1, 4, 2, Some(2)),
+            (2, 4, 2, 8, Some(1)),
+            (2, 4, 2, 16, None),
+            (1, 4, 1, 3, None),
+            // Changed by the user: to the same steps, or to others, which is for the comparison of recipes to refuse.
+            (1, 4, 2, 2, Some(2)),
+            (1, 4, 3, 2, Some(3)),
+        ] {
+            let mut told = Vec::new();
+            let found = saved(then, on);
+            let got = accumulation(&with(now), Some(&found), ranks, &Options::default(), &mut |event| told.push(event));
+            assert_eq!(got.as_ref().ok(), want.as_ref(), "{then} on {on}, then {now} on {ranks}: {got:?}");
+            assert_eq!(told.len(), usize::from(want.is_some_and(|w| w != now)), "an adjustment is told");
+            if let Some(same) = got.ok().filter(|a| a * ranks == then * on as usize) {
+                let now = RunState { batches_per_step: (same * ranks) as u64, ..found.state.clone() };
+                refuse_changes(&found, &with(same).to_toml(), &now, &Options::default()).expect("the same steps are no change");
+            }
+        }
+        let free = Options { allow_recipe_change: true, ..Options::default() };
+        assert_eq!(accumulation(&with(1), Some(&saved(1, 4)), 3, &free, &mut |_| ()).ok(), Some(1));
+        assert_eq!(accumulation(&with(5), None, 3, &Options::default(), &mut |_| ()).ok(), Some(5));
+    }
+
+    #[test]
+    fn a_checkpoint_of_before_there_were_several_processes_has_its_recipes_steps() {
+        let mut found = saved(4, 1);
+        found.state.batches_per_step = 0;
+        assert_eq!(accumulation(&with(4), Some(&found), 4, &Options::default(), &mut |_| ()).ok(), Some(1));
+    }
+}
