@@ -8,6 +8,7 @@ use benches::model::Config;
 use benches::step::{Setup, Step};
 use benches::{Result, in_pool};
 use criterion::{Criterion, SamplingMode};
+use sdxl::GradientCheckpointing;
 
 /// The allocator of the `lokr` binary.
 #[global_allocator]
@@ -36,7 +37,7 @@ fn steps(criterion: &mut Criterion, config: Config) -> Result<()> {
     // Criterion takes ten samples at least; a mid step runs once for each.
     group.sample_size(10).sampling_mode(SamplingMode::Flat).warm_up_time(Duration::from_millis(500));
     group.measurement_time(Duration::from_secs(if config == Config::Mid { 1 } else { 3 }));
-    for (name, checkpointing) in [("plain", false), ("checkpointing", true)] {
+    for (name, checkpointing) in [("plain", GradientCheckpointing::None), ("checkpointing", GradientCheckpointing::Block)] {
         let mut step: Option<Step> = None;
         let setup = Setup { config, latent: 32, batch: 1, checkpointing, path: None };
         let mut failed = None;

@@ -7,6 +7,7 @@ use lokr::{LokrNetwork, NetworkConfig, Preset, Trees};
 use ops::Value;
 use optim::{Hyper, Optimizer, OptimizerKind};
 use random::{Purpose, Stream};
+use sdxl::GradientCheckpointing;
 use sdxl::unet::UNet;
 use trainer::step::{Trained, update};
 
@@ -34,8 +35,8 @@ pub struct Setup {
     pub latent: usize,
     /// Samples.
     pub batch: usize,
-    /// Recompute activations in the backward pass.
-    pub checkpointing: bool,
+    /// Which activations are computed again in the backward pass.
+    pub checkpointing: GradientCheckpointing,
     /// Forces the adapter's path in every layer.
     pub path: Option<Path>,
 }
@@ -51,7 +52,7 @@ pub struct Step {
     timesteps: Tensor,
     context: Value,
     vector: Value,
-    checkpointing: bool,
+    checkpointing: GradientCheckpointing,
 }
 
 impl Step {

@@ -28,7 +28,7 @@ fn a_run_tells_what_it_derived_before_its_first_step_and_then_what_it_writes() {
     latents: 18 encoded
     compute f32 on 1 threads; batch 2 x accumulation 2 = 4 images per step
     5 batches and 3 steps per epoch; 7 steps in all (2.33 epochs)
-    Lion with 516,400 trained numbers; gradient checkpointing off
+    Lion with 516,400 trained numbers; gradient checkpointing none
     wrote preview run/previews/step-00000000_00.png
     wrote preview run/previews/step-00000000_01.png
     step 0: loss on 2 held-out pictures [loss]
@@ -233,9 +233,11 @@ fn the_number_of_threads_changes_no_bit() {
 fn gradient_checkpointing_changes_no_byte() {
     let (reference, _) = finished();
     let world = World::new("gradient-checkpointing");
-    world.train(&["train.gradient_checkpointing=true"]).good();
-    for file in ["adapter.safetensors", "optimizer.safetensors", "state.json"] {
-        assert_same_file(checkpoint(&reference.run(), 7).join(file), checkpoint(&world.run(), 7).join(file));
+    for granularity in ["true", "layer"] {
+        world.train(&[&format!("train.gradient_checkpointing={granularity}"), &format!("output.dir={granularity}")]).good();
+        for file in ["adapter.safetensors", "optimizer.safetensors", "state.json"] {
+            assert_same_file(checkpoint(&reference.run(), 7).join(file), checkpoint(&world.path(granularity), 7).join(file));
+        }
     }
 }
 

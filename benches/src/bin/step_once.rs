@@ -10,6 +10,7 @@ use benches::step::{Setup, Step};
 use benches::{Result, in_pool, median, memory, request};
 use clap::{Parser, ValueEnum};
 use lokr::functional::Path;
+use sdxl::GradientCheckpointing;
 use serde_json::json;
 
 /// The allocator of the `lokr` binary.
@@ -84,7 +85,8 @@ fn run(args: &Args) -> Result<String> {
     };
     // Writing it needs memory that is no part of the measurement, so a first call only writes.
     config.file()?;
-    let setup = Setup { config, latent: args.latent, batch: args.batch, checkpointing: args.checkpointing, path };
+    let checkpointing = if args.checkpointing { GradientCheckpointing::Block } else { GradientCheckpointing::None };
+    let setup = Setup { config, latent: args.latent, batch: args.batch, checkpointing, path };
     let mut step = Step::new(&setup)?;
     let load_peak = memory::peak_mib();
     memory::reset_peak();

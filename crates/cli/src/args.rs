@@ -34,6 +34,10 @@ pub enum Command {
     Verify(Verify),
     /// Print a recipe with every key, its meaning and its default.
     Recipe,
+    /// Say what a run will take before it starts: adapters, memory, FLOPs, time. No weights are read.
+    Plan(Plan),
+    /// Write a base model of random weights, for measuring and for trying a recipe.
+    InitBase(InitBase),
 }
 
 /// Arguments of `lokr train`.
@@ -264,6 +268,43 @@ pub struct Caption {
     /// The step, from 0; with --id, the epoch of this step.
     #[arg(long)]
     pub step: Option<u64>,
+}
+
+/// Arguments of `lokr plan`.
+#[derive(Args)]
+pub struct Plan {
+    /// The recipe.
+    #[command(flatten)]
+    pub recipe: Recipe,
+    /// Plan for this device: cpu, or a GPU by name (rtx3090, rtx4090, a100, h100).
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// Its speed in matrix products, TFLOP/s, in place of what is known of it.
+    #[arg(long)]
+    pub tflops: Option<f64>,
+    /// Its memory bandwidth in GB/s, in place of what is known of it.
+    #[arg(long)]
+    pub bandwidth: Option<f64>,
+    /// Print every adapted layer, not only their kinds.
+    #[arg(long)]
+    pub layers: bool,
+}
+
+/// Arguments of `lokr init-base`.
+#[derive(Args)]
+pub struct InitBase {
+    /// Shapes: sdxl (about 7 GB), mid or tiny.
+    #[arg(long, default_value = "sdxl")]
+    pub config: String,
+    /// Seed of the weights.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// File or folder to write.
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+    /// Layout to write.
+    #[arg(long, value_enum, default_value_t = Format::Single)]
+    pub format: Format,
 }
 
 /// Arguments of `lokr verify`.

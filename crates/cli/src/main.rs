@@ -15,7 +15,9 @@ use clap::Parser;
 use trainer::config::{RunConfig, template};
 use trainer::dataset_tools;
 use trainer::event::Event;
+use trainer::init_base;
 use trainer::interrupt::Interrupt;
+use trainer::plan;
 use trainer::tools;
 use trainer::train::{Options, Outcome, in_pool, train};
 use trainer::verify::verify;
@@ -66,6 +68,18 @@ fn run(command: Command) -> Result<ExitCode> {
             }
         }
         Command::Recipe => print!("{}", template()),
+        Command::Plan(args) => {
+            let config = RunConfig::load(&args.recipe.config, &args.recipe.set)?;
+            let request = plan::Request { device: plan::Device::named(&args.device)?, tflops: args.tflops, bandwidth: args.bandwidth };
+            let plan = plan::plan(&config, &request)?;
+            print!("{}", plan::Report { plan: &plan, config: &config, request: &request, layers: args.layers });
+        }
+        Command::InitBase(args) => {
+            let diffusers = matches!(args.format, Format::Diffusers);
+            let shapes = init_base::shapes(&args.config)?;
+            let parameters = in_pool(None, || init_base::init_base(&shapes, args.seed, &args.out, diffusers))?;
+            println!("wrote {}: {parameters} random parameters", args.out.display());
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

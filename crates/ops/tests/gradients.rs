@@ -179,24 +179,33 @@ fn checkpointing_changes_no_bit() {
     let p = Parameter::new("p", randn(&[12], 7));
     let x = Parameter::new("x", randn(&[3, 12], 8));
     let dy = randn(&[3, 12], 9);
-    let run = |kept: bool| -> Vec<Vec<f64>> {
+    // Kept; each segment recomputed; each of its two halves recomputed inside the segment that runs again.
+    let run = |depth: usize| -> Vec<Vec<f64>> {
         let (w, b, p2) = (w.clone(), b.clone(), p.clone());
-        let segment = move |v: &[Value]| {
+        let first = move |v: &[Value]| {
             let h = ops::layer_norm(&v[0], &p2.value(), &p2.value(), 1e-5)?;
-            let h = ops::gelu(&ops::linear(&h, &w, Some(&b))?)?;
-            // The second input is used more than once, and by every segment.
-            ops::add(&ops::add(&h, &v[0])?, &ops::silu(&ops::add(&v[1], &ops::quick_gelu(&v[1])?)?)?)
+            ops::add(&ops::gelu(&ops::linear(&h, &w, Some(&b))?)?, &v[0])
+        };
+        // The second input is used more than once, and by every segment.
+        let second = |v: &[Value]| ops::add(&v[0], &ops::silu(&ops::add(&v[1], &ops::quick_gelu(&v[1])?)?)?);
+        let segment = move |v: &[Value]| {
+            if depth < 2 {
+                return second(&[first(&v[..1])?, v[1].clone()]);
+            }
+            let h = ops::checkpoint(&[&v[0]], first.clone())?;
+            ops::checkpoint(&[&h, &v[1]], second)
         };
         let mut h = x.value();
         let e = ops::mul_scalar(&x.value(), 0.7).unwrap();
         for _ in 0..3 {
-            h = if kept { segment(&[h, e.clone()]).unwrap() } else { ops::checkpoint(&[&h, &e], segment.clone()).unwrap() };
+            h = if depth == 0 { segment(&[h, e.clone()]).unwrap() } else { ops::checkpoint(&[&h, &e], segment.clone()).unwrap() };
         }
         let out = flat(h.tensor());
         ops::backward(vec![(h, dy.clone())]).unwrap();
         vec![out, flat(&p.take_grad().unwrap()), flat(&x.take_grad().unwrap())]
     };
-    assert_eq!(run(true), run(false));
+    assert_eq!(run(0), run(1));
+    assert_eq!(run(0), run(2));
 }
 
 #[test]

@@ -6,9 +6,9 @@ use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
-use crate::checkpoint::{Checkpoint, Part};
+use crate::checkpoint::{Checkpoint, Part, zeros};
 use crate::error::{Error, Result};
 use crate::layers::{Conv2d, Leaf, Linear, ModuleNode, ModuleTree, Norm};
 
@@ -24,14 +24,14 @@ struct Findings {
 pub struct Builder<'a> {
     checkpoint: &'a Checkpoint,
     part: Part,
-    dtype: DType,
+    dtype: Option<DType>,
     findings: RefCell<Findings>,
     tree: RefCell<ModuleTree>,
 }
 
 impl<'a> Builder<'a> {
-    /// Builds `part` of `checkpoint` with weights stored as `dtype`.
-    pub fn new(checkpoint: &'a Checkpoint, part: Part, dtype: DType) -> Self {
+    /// Builds `part` of `checkpoint` with weights stored as `dtype`, or as they are in the file.
+    pub fn new(checkpoint: &'a Checkpoint, part: Part, dtype: Option<DType>) -> Self {
         Self { checkpoint, part, dtype, findings: RefCell::default(), tree: RefCell::default() }
     }
 
@@ -58,14 +58,23 @@ impl<'a> Builder<'a> {
         Err(Error::Mismatch { path: self.checkpoint.path().to_path_buf(), part: self.part, missing, misshapen, extra })
     }
 
-    fn take(&self, name: String, shape: &[usize], dtype: DType) -> Result<Tensor> {
+    fn take(&self, name: String, shape: &[usize], dtype: Option<DType>) -> Result<Tensor> {
+        if self.checkpoint.record(self.part, &name, shape) {
+            return zeros(shape, dtype.unwrap_or(DType::F32));
+        }
         let found = self.checkpoint.shape(self.part, &name);
         let mut findings = self.findings.borrow_mut();
         match found {
             Some(found) if found == shape => {
                 findings.used.insert(name.clone());
                 drop(findings);
-                return Ok(self.checkpoint.load(self.part, &name)?.to_dtype(dtype)?);
+                if !self.checkpoint.has_weights() {
+                    let stored = self.checkpoint.dtype(self.part, &name).map_or(DType::F32, weight_type);
+                    return zeros(shape, dtype.unwrap_or(stored));
+                }
+                let tensor = self.checkpoint.load(self.part, &name)?;
+                let dtype = dtype.unwrap_or_else(|| weight_type(tensor.dtype()));
+                return Ok(tensor.to_dtype(dtype)?);
             }
             Some(found) => {
                 findings.misshapen.push(format!("{name}: {found:?}, expected {shape:?}"));
@@ -74,8 +83,13 @@ impl<'a> Builder<'a> {
             None => findings.missing.push(format!("{name} {shape:?}")),
         }
         // Construction goes on, so that all mismatches are found; nothing is computed with this tensor.
-        Ok(Tensor::zeros(shape, DType::U8, &Device::Cpu)?)
+        zeros(shape, DType::U8)
     }
+}
+
+/// In what a weight is kept if nothing else is asked for: its own type, if it can be widened a layer at a time.
+fn weight_type(stored: DType) -> DType {
+    if matches!(stored, DType::F16 | DType::BF16) { stored } else { DType::F32 }
 }
 
 /// A place in the tree of modules. Opening one records the module.
@@ -139,8 +153,8 @@ impl<'b, 'a> Scope<'b, 'a> {
 
     fn norm(&self, name: impl Display, class: &'static str, channels: usize, eps: f64, groups: Option<usize>) -> Result<Arc<Norm>> {
         let path = self.join(name);
-        let weight = self.builder.take(format!("{path}.weight"), &[channels], DType::F32)?;
-        let bias = self.builder.take(format!("{path}.bias"), &[channels], DType::F32)?;
+        let weight = self.builder.take(format!("{path}.weight"), &[channels], Some(DType::F32))?;
+        let bias = self.builder.take(format!("{path}.bias"), &[channels], Some(DType::F32))?;
         let layer = Arc::new(Norm::new(weight, bias, eps, groups)?);
         self.leaf(path, class, Leaf::Norm(layer.clone()));
         Ok(layer)

@@ -11,6 +11,7 @@ use crate::checkpoint::{Checkpoint, Part};
 use crate::config::ClipConfig;
 use crate::error;
 use crate::layers::{Linear, ModuleTree, Norm};
+use crate::recompute::GradientCheckpointing;
 
 /// End of text; the pooled output is taken at the first one (sd-scripts `library/strategy_sdxl.py`).
 pub const EOS: u32 = 49407;
@@ -54,14 +55,23 @@ impl ClipEncoderLayer {
         Ok(Self { self_attn, layer_norm1, mlp, layer_norm2 })
     }
 
-    fn forward(&self, x: &Value) -> Result<Value> {
+    fn forward(self: &Arc<Self>, x: &Value, checkpointing: GradientCheckpointing) -> Result<Value> {
+        let (first, second) = (self.clone(), self.clone());
+        let x = checkpointing.layer(&[x], move |v| first.attend(&v[0]))?;
+        checkpointing.layer(&[&x], move |v| second.feed_forward(&v[0]))
+    }
+
+    fn attend(&self, x: &Value) -> Result<Value> {
         let h = self.layer_norm1.forward(x)?;
         let a = &self.self_attn;
         let (q, k, v) = (a.q_proj.forward(&h)?, a.k_proj.forward(&h)?, a.v_proj.forward(&h)?);
-        let x = ops::add(x, &a.out_proj.forward(&ops::attention(&q, &k, &v, a.heads, true)?)?)?;
-        let h = self.mlp.fc1.forward(&self.layer_norm2.forward(&x)?)?;
+        ops::add(x, &a.out_proj.forward(&ops::attention(&q, &k, &v, a.heads, true)?)?)
+    }
+
+    fn feed_forward(&self, x: &Value) -> Result<Value> {
+        let h = self.mlp.fc1.forward(&self.layer_norm2.forward(x)?)?;
         let h = if self.mlp.quick { ops::quick_gelu(&h)? } else { ops::gelu(&h)? };
-        ops::add(&x, &self.mlp.fc2.forward(&h)?)
+        ops::add(x, &self.mlp.fc2.forward(&h)?)
     }
 }
 
@@ -79,11 +89,11 @@ pub struct ClipTextModel {
 }
 
 impl ClipTextModel {
-    /// Builds text encoder `part` of a checkpoint with weights stored as `dtype`.
+    /// Builds text encoder `part` of a checkpoint with weights stored as `dtype`, or as in the file.
     ///
     /// # Errors
     /// With the names and shapes of all tensors that are missing, misshapen or left over.
-    pub fn load(checkpoint: &Checkpoint, part: Part, config: ClipConfig, dtype: DType) -> error::Result<Self> {
+    pub fn load(checkpoint: &Checkpoint, part: Part, config: ClipConfig, dtype: Option<DType>) -> error::Result<Self> {
         let builder = Builder::new(checkpoint, part, dtype);
         let quick = part == Part::TextEncoder1;
         let root = builder.root(if quick { "CLIPTextModel" } else { "CLIPTextModelWithProjection" });
@@ -104,12 +114,11 @@ impl ClipTextModel {
         Ok(Self { token_embedding, position_embedding, layers, final_layer_norm, text_projection, config, tree })
     }
 
-    /// The input of the last layer, `(rows, tokens, width)`, from token ids of `rows` equally long rows. With
-    /// `checkpointing` each layer keeps its input only.
+    /// The input of the last layer, `(rows, tokens, width)`, from token ids of `rows` equally long rows.
     ///
     /// # Errors
     /// If rows differ in length, are longer than the position table, or hold ids outside the vocabulary.
-    pub fn penultimate(&self, ids: &[Vec<u32>], checkpointing: bool) -> Result<Value> {
+    pub fn penultimate(&self, ids: &[Vec<u32>], checkpointing: GradientCheckpointing) -> Result<Value> {
         let tokens = ids.first().map_or(0, Vec::len);
         if ids.iter().any(|row| row.len() != tokens) || tokens > self.config.positions {
             candle_core::bail!(
@@ -131,7 +140,7 @@ impl ClipTextModel {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn last(&self, penultimate: &Value, checkpointing: bool) -> Result<Value> {
+    pub fn last(&self, penultimate: &Value, checkpointing: GradientCheckpointing) -> Result<Value> {
         let x = match self.layers.last() {
             Some(layer) => run(layer, penultimate, checkpointing)?,
             None => penultimate.clone(),
@@ -150,10 +159,7 @@ impl ClipTextModel {
     }
 }
 
-fn run(layer: &Arc<ClipEncoderLayer>, x: &Value, checkpointing: bool) -> Result<Value> {
-    if !checkpointing {
-        return layer.forward(x);
-    }
+fn run(layer: &Arc<ClipEncoderLayer>, x: &Value, checkpointing: GradientCheckpointing) -> Result<Value> {
     let layer = layer.clone();
-    ops::checkpoint(&[x], move |v| layer.forward(&v[0]))
+    checkpointing.block(&[x], move |v| layer.forward(&v[0], checkpointing))
 }

@@ -15,9 +15,11 @@ pub mod config;
 pub mod error;
 pub mod layers;
 pub mod model;
+mod recompute;
 pub mod tokenizer;
 pub mod unet;
 pub mod vae;
 
 pub use error::{Error, Result};
 pub use model::{Sdxl, TextCondition};
+pub use recompute::GradientCheckpointing;

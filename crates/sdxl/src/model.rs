@@ -9,6 +9,7 @@ use crate::checkpoint::{Checkpoint, Part};
 use crate::clip::ClipTextModel;
 use crate::config::{ClipConfig, UNetConfig, VaeConfig};
 use crate::error::Result;
+use crate::recompute::GradientCheckpointing;
 use crate::unet::UNet;
 use crate::vae::AutoencoderKL;
 
@@ -33,11 +34,13 @@ pub struct TextCondition {
 }
 
 impl Sdxl {
-    /// Builds all networks of a checkpoint; UNet and text encoders are stored as `dtype`.
+    /// Builds all networks of a checkpoint; weights of UNet and text encoders are kept as `dtype`, or as they are in the file
+    /// (f16, bf16; anything else as f32). A narrow weight is widened for each call of its layer.
     ///
     /// # Errors
     /// If a file cannot be read, or a part has missing, misshapen or left-over tensors.
-    pub fn load(checkpoint: &Checkpoint, dtype: DType) -> Result<Self> {
+    pub fn load(checkpoint: &Checkpoint, dtype: impl Into<Option<DType>>) -> Result<Self> {
+        let dtype = dtype.into();
         let dims = checkpoint.head_dims()?;
         let clip = |part| ClipTextModel::load(checkpoint, part, ClipConfig::of_checkpoint(checkpoint, part, dims)?, dtype);
         Ok(Self {
@@ -69,7 +72,7 @@ impl Sdxl {
         ids2: &[Vec<u32>],
         chunks: usize,
         weights: Option<(&Tensor, &Tensor)>,
-        checkpointing: bool,
+        checkpointing: GradientCheckpointing,
     ) -> candle_core::Result<TextCondition> {
         if chunks == 0 || ids1.len() != ids2.len() || !ids1.len().is_multiple_of(chunks) {
             candle_core::bail!("{} and {} token rows in chunks of {chunks}", ids1.len(), ids2.len());

@@ -1,7 +1,7 @@
 //! The SDXL VAE: pixels to the moments of the latent posterior, and latents to pixels (LDM names; CompVis
 //! latent-diffusion `ldm/modules/diffusionmodules/model.py`). Always frozen, so it works on plain tensors.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Result, Tensor};
 use ops::Value;
@@ -10,7 +10,7 @@ use crate::build::{Builder, Scope};
 use crate::checkpoint::{Checkpoint, Part};
 use crate::config::VaeConfig;
 use crate::error;
-use crate::layers::{Conv2d, Linear, Norm};
+use crate::layers::{Conv2d, Linear, ModuleTree, Norm};
 
 /// SDXL's factor between VAE latents and the UNet's latents (diffusers `scaling_factor`).
 pub const LATENT_SCALE: f64 = 0.13025;
@@ -118,23 +118,25 @@ struct Decoder {
     conv_out: Arc<Conv2d>,
 }
 
-/// The VAE.
+/// The VAE. Its weights are read when they are first needed and stay until [`AutoencoderKL::release`]: a run with cached
+/// latents uses them for its previews only.
 pub struct AutoencoderKL {
-    encoder: Encoder,
-    decoder: Decoder,
-    quant_conv: Arc<Conv2d>,
-    post_quant_conv: Arc<Conv2d>,
+    checkpoint: Checkpoint,
+    networks: Mutex<Option<Arc<Networks>>>,
     /// Its shape.
     pub config: VaeConfig,
 }
 
-impl AutoencoderKL {
-    /// Builds the VAE of a checkpoint in f32.
-    ///
-    /// # Errors
-    /// With the names and shapes of all tensors that are missing, misshapen or left over.
-    pub fn load(checkpoint: &Checkpoint, config: VaeConfig) -> error::Result<Self> {
-        let builder = Builder::new(checkpoint, Part::Vae, DType::F32);
+struct Networks {
+    encoder: Encoder,
+    decoder: Decoder,
+    quant_conv: Arc<Conv2d>,
+    post_quant_conv: Arc<Conv2d>,
+}
+
+impl Networks {
+    fn load(checkpoint: &Checkpoint, config: &VaeConfig) -> error::Result<(Self, ModuleTree)> {
+        let builder = Builder::new(checkpoint, Part::Vae, Some(DType::F32));
         let root = builder.root("AutoencoderKL");
         let (groups, z) = (config.norm_num_groups, config.latent_channels);
         let widths = &config.block_out_channels;
@@ -183,8 +185,51 @@ impl AutoencoderKL {
 
         let quant_conv = root.conv2d("quant_conv", 2 * z, 2 * z, 1, 1, 0)?;
         let post_quant_conv = root.conv2d("post_quant_conv", z, z, 1, 1, 0)?;
-        builder.finish()?;
-        Ok(Self { encoder, decoder, quant_conv, post_quant_conv, config })
+        let tree = builder.finish()?;
+        Ok((Self { encoder, decoder, quant_conv, post_quant_conv }, tree))
+    }
+}
+
+impl AutoencoderKL {
+    /// The VAE of a checkpoint, in f32. Its tensors are checked now and read later.
+    ///
+    /// # Errors
+    /// With the names and shapes of all tensors that are missing, misshapen or left over.
+    pub fn load(checkpoint: &Checkpoint, config: VaeConfig) -> error::Result<Self> {
+        Networks::load(&checkpoint.clone().without_weights(), &config)?;
+        Ok(Self { checkpoint: checkpoint.clone(), networks: Mutex::new(None), config })
+    }
+
+    /// Its modules, without weights.
+    ///
+    /// # Errors
+    /// As [`AutoencoderKL::load`].
+    pub fn tree(&self) -> error::Result<ModuleTree> {
+        Ok(Networks::load(&self.checkpoint.clone().without_weights(), &self.config)?.1)
+    }
+
+    /// Lets go of the weights; they are read again when they are needed.
+    pub fn release(&self) {
+        *self.slot() = None;
+    }
+
+    /// Whether the weights are in memory.
+    pub fn is_loaded(&self) -> bool {
+        self.slot().is_some()
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Option<Arc<Networks>>> {
+        self.networks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn networks(&self) -> Result<Arc<Networks>> {
+        let mut slot = self.slot();
+        if let Some(networks) = &*slot {
+            return Ok(networks.clone());
+        }
+        let networks = Arc::new(Networks::load(&self.checkpoint, &self.config).map_err(candle_core::Error::wrap)?.0);
+        *slot = Some(networks.clone());
+        Ok(networks)
     }
 
     /// Image pixels per latent pixel, each axis (SDXL: 8).
@@ -198,7 +243,8 @@ impl AutoencoderKL {
     /// # Errors
     /// If shapes do not fit.
     pub fn encode(&self, pixels: &Tensor) -> Result<(Tensor, Tensor)> {
-        let e = &self.encoder;
+        let networks = self.networks()?;
+        let e = &networks.encoder;
         let mut h = e.conv_in.forward(&Value::constant(pixels.clone()))?;
         for level in &e.down {
             for block in &level.block {
@@ -211,7 +257,7 @@ impl AutoencoderKL {
             }
         }
         let h = e.mid.forward(&h)?;
-        let moments = self.quant_conv.forward(&e.conv_out.forward(&e.norm_out.forward_silu(&h)?)?)?;
+        let moments = networks.quant_conv.forward(&e.conv_out.forward(&e.norm_out.forward_silu(&h)?)?)?;
         let z = self.config.latent_channels;
         Ok((moments.tensor().narrow(1, 0, z)?.contiguous()?, moments.tensor().narrow(1, z, z)?.clamp(-30f64, 20f64)?))
     }
@@ -221,8 +267,9 @@ impl AutoencoderKL {
     /// # Errors
     /// If shapes do not fit.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
-        let d = &self.decoder;
-        let h = d.conv_in.forward(&self.post_quant_conv.forward(&Value::constant(latents.clone()))?)?;
+        let networks = self.networks()?;
+        let d = &networks.decoder;
+        let h = d.conv_in.forward(&networks.post_quant_conv.forward(&Value::constant(latents.clone()))?)?;
         let mut h = d.mid.forward(&h)?;
         for level in &d.up {
             for block in &level.block {

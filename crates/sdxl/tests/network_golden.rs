@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Tensor};
 use ops::Value;
-use sdxl::checkpoint::{Checkpoint, HeadDims};
+use sdxl::checkpoint::{Checkpoint, HeadDims, Shapes};
 use sdxl::conditioning::{added_condition, timestep_embedding};
-use sdxl::{Error, Sdxl};
+use sdxl::layers::Leaf;
+use sdxl::{Error, GradientCheckpointing, Sdxl};
 use storage::safetensors::SafeTensors;
 
 fn golden(name: &str) -> PathBuf {
@@ -63,15 +64,15 @@ fn text_encoders() {
     let f = Forward::open();
     for (layout, model) in tiny() {
         let (ids1, ids2) = (f.ids("ids1"), f.ids("ids2"));
-        let h1 = model.te1.penultimate(&ids1, false).unwrap();
+        let h1 = model.te1.penultimate(&ids1, GradientCheckpointing::None).unwrap();
         close(&format!("{layout} te1.penultimate"), h1.tensor(), &f.f32("te1.penultimate"), 2e-5);
-        close(&format!("{layout} te1.last"), model.te1.last(&h1, false).unwrap().tensor(), &f.f32("te1.last"), 2e-5);
-        let h2 = model.te2.penultimate(&ids2, false).unwrap();
+        close(&format!("{layout} te1.last"), model.te1.last(&h1, GradientCheckpointing::None).unwrap().tensor(), &f.f32("te1.last"), 2e-5);
+        let h2 = model.te2.penultimate(&ids2, GradientCheckpointing::None).unwrap();
         close(&format!("{layout} te2.penultimate"), h2.tensor(), &f.f32("te2.penultimate"), 2e-5);
-        let last = model.te2.last(&h2, false).unwrap();
+        let last = model.te2.last(&h2, GradientCheckpointing::None).unwrap();
         close(&format!("{layout} te2.last"), last.tensor(), &f.f32("te2.last"), 2e-5);
         close(&format!("{layout} te2.pooled"), model.te2.pooled(&last, &ids2).unwrap().tensor(), &f.f32("te2.pooled"), 2e-5);
-        let text = model.encode_text(&ids1, &ids2, 1, None, true).unwrap();
+        let text = model.encode_text(&ids1, &ids2, 1, None, GradientCheckpointing::Block).unwrap();
         let context = Tensor::cat(&[f.f32("te1.penultimate"), f.f32("te2.penultimate")], 2).unwrap();
         close(&format!("{layout} context"), text.context.tensor(), &context, 2e-5);
     }
@@ -84,7 +85,7 @@ fn sd_scripts_projection_is_untransposed() {
     single.untransposed_text_projection(true);
     let model = Sdxl::load(&single, DType::F32).unwrap();
     let ids = f.ids("ids2");
-    let last = model.te2.last(&model.te2.penultimate(&ids, false).unwrap(), false).unwrap();
+    let last = model.te2.last(&model.te2.penultimate(&ids, GradientCheckpointing::None).unwrap(), GradientCheckpointing::None).unwrap();
     close("pooled", model.te2.pooled(&last, &ids).unwrap().tensor(), &f.f32("te2.pooled_untransposed"), 2e-5);
 }
 
@@ -95,7 +96,7 @@ fn long_prompts_join_their_chunks() {
     // Two prompts of three rows each, made of the recorded rows.
     let (ids1, ids2) = (f.ids("ids1"), f.ids("ids2"));
     let rows = |ids: &[Vec<u32>]| [0, 1, 2, 2, 0, 1].map(|i: usize| ids[i].clone()).to_vec();
-    let text = model.encode_text(&rows(&ids1), &rows(&ids2), 3, None, false).unwrap();
+    let text = model.encode_text(&rows(&ids1), &rows(&ids2), 3, None, GradientCheckpointing::None).unwrap();
     assert_eq!(text.context.dims(), [2, 227, 48]);
     let h1 = f.f32("te1.penultimate");
     let at = |n: usize, t: usize| text.context.tensor().get(n).unwrap().get(t).unwrap().narrow(0, 0, 16).unwrap();
@@ -122,7 +123,7 @@ fn embeddings_and_unet() {
             let mut tapped = 0;
             let out = model
                 .unet
-                .forward_with(&latents, &get("timesteps"), &context, &vector, false, &mut |name, value| {
+                .forward_with(&latents, &get("timesteps"), &context, &vector, GradientCheckpointing::None, &mut |name, value| {
                     if f.0.info(&format!("unet.{i}.{name}")).is_some() {
                         close(&format!("{layout} {i} {name}"), value.tensor(), &get(name), 1e-4);
                         tapped += 1;
@@ -131,8 +132,10 @@ fn embeddings_and_unet() {
                 .unwrap();
             assert_eq!(tapped, 12);
             close(&format!("{layout} {i} out"), out.tensor(), &get("out"), 1e-4);
-            let again = model.unet.forward(&latents, &get("timesteps"), &context, &vector, true).unwrap();
-            assert_eq!(worst(again.tensor(), out.tensor()), 0.0, "checkpointing changed the forward pass");
+            for checkpointing in [GradientCheckpointing::Block, GradientCheckpointing::Layer] {
+                let again = model.unet.forward(&latents, &get("timesteps"), &context, &vector, checkpointing).unwrap();
+                assert_eq!(worst(again.tensor(), out.tensor()), 0.0, "checkpointing changed the forward pass");
+            }
         }
     }
 }
@@ -148,6 +151,73 @@ fn vae() {
         close(&format!("{layout} scaled"), &(&mean * sdxl::vae::LATENT_SCALE).unwrap(), &f.f32("vae.scaled_latent"), 1e-4);
         close(&format!("{layout} decoded"), &model.vae.decode(&f.f32("vae.mean")).unwrap(), &f.f32("vae.decoded"), 1e-4);
     }
+}
+
+/// The VAE's weights are in memory only from the first use to the release, and come back the same.
+#[test]
+fn the_vae_is_read_when_it_is_needed() {
+    let f = Forward::open();
+    let (_, model) = &tiny()[0];
+    assert!(!model.vae.is_loaded());
+    let first = model.vae.decode(&f.f32("vae.mean")).unwrap();
+    assert!(model.vae.is_loaded());
+    model.vae.release();
+    assert!(!model.vae.is_loaded());
+    assert_eq!(worst(&model.vae.decode(&f.f32("vae.mean")).unwrap(), &first), 0.0);
+}
+
+/// Weights stay as the file has them, or become what is asked for; norms are f32. Computing widens them, so that f16 weights of an f16
+/// file give what the same weights in f32 give.
+#[test]
+fn weights_are_kept_in_the_type_that_is_asked_for() {
+    let f = Forward::open();
+    let open = || Checkpoint::open(&golden("tiny-sdxl.safetensors")).unwrap().with_head_dims(TINY);
+    let out = |model: &Sdxl| {
+        let get = |name: &str| f.f32(&format!("unet.0.{name}"));
+        let vector = added_condition(&Value::constant(get("pooled")), &f.get("unet.0.time_ids")).unwrap();
+        let (latents, context) = (Value::constant(get("latents")), Value::constant(get("context")));
+        model.unet.forward(&latents, &get("timesteps"), &context, &vector, GradientCheckpointing::None).unwrap().tensor().clone()
+    };
+    let wide = out(&Sdxl::load(&open(), DType::F32).unwrap());
+    for (asked, kept) in
+        [(None, DType::F16), (Some(DType::F16), DType::F16), (Some(DType::BF16), DType::BF16), (Some(DType::F32), DType::F32)]
+    {
+        let model = Sdxl::load(&open(), asked).unwrap();
+        for node in model.unet.tree.nodes.iter().chain(&model.te1.tree.nodes).chain(&model.te2.tree.nodes) {
+            match &node.leaf {
+                Leaf::Linear(layer) => assert_eq!(layer.weight.dtype(), kept, "{}", node.path),
+                Leaf::Conv2d(layer) => assert_eq!(layer.weight.dtype(), kept, "{}", node.path),
+                Leaf::Norm(layer) => assert_eq!(layer.weight.dtype(), DType::F32, "{}", node.path),
+                Leaf::Other => {}
+            }
+        }
+        // bf16 keeps 8 bits of a weight: outputs of order one move by a few hundredths.
+        let bound = if kept == DType::BF16 { 0.1 } else { 0.0 };
+        let moved = worst(&out(&model), &wide);
+        assert!(moved <= bound && (kept != DType::BF16 || moved > 0.0), "{asked:?}: {moved}");
+    }
+}
+
+/// A checkpoint of which only shapes are used gives the same modules, in the memory of none.
+#[test]
+fn a_model_without_weights_has_the_same_modules() {
+    let open = || Checkpoint::open(&golden("tiny-sdxl.safetensors")).unwrap().with_head_dims(TINY);
+    let (whole, bare) = (Sdxl::load(&open(), None).unwrap(), Sdxl::load(&open().without_weights(), None).unwrap());
+    let described = Checkpoint::described(&golden("none"), &Shapes::tiny(), storage::safetensors::Dtype::F16).unwrap();
+    let described = Sdxl::load(&described, None).unwrap();
+    let modules = |model: &Sdxl| {
+        let nodes = model.te1.tree.nodes.iter().chain(&model.te2.tree.nodes).chain(&model.unet.tree.nodes);
+        let weight = |leaf: &Leaf| match leaf {
+            Leaf::Linear(layer) => Some((layer.weight.dims().to_vec(), layer.weight.dtype())),
+            Leaf::Conv2d(layer) => Some((layer.weight.dims().to_vec(), layer.weight.dtype())),
+            Leaf::Norm(layer) => Some((layer.weight.dims().to_vec(), layer.weight.dtype())),
+            Leaf::Other => None,
+        };
+        nodes.map(|n| (n.path.clone(), n.class, weight(&n.leaf))).collect::<Vec<_>>()
+    };
+    assert!(modules(&whole).len() > 300);
+    assert_eq!(modules(&bare), modules(&whole));
+    assert_eq!(modules(&described), modules(&whole));
 }
 
 #[test]

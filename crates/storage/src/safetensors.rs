@@ -17,6 +17,8 @@ use std::sync::Arc;
 
 pub use ::safetensors::Dtype;
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 pub use write::{TensorSource, write};
 
 use crate::{Error, Result};
@@ -92,6 +94,22 @@ impl SafeTensors {
     /// [`SafeTensors::info`]; the address need not be aligned to the element.
     pub fn bytes(&self, name: &str) -> Option<&[u8]> {
         self.inner.tensors.get(name).map(|(_, range)| &self.data_section()[range.clone()])
+    }
+
+    /// Takes a tensor's pages out of this process's memory; they are read again from the file if asked for. Without it, what was
+    /// read through the map counts as resident until the map is closed.
+    pub fn release(&self, name: &str) {
+        #[cfg(unix)]
+        if let Some((_, range)) = self.inner.tensors.get(name) {
+            let start = self.inner.data_start + range.start;
+            // SAFETY: the map is shared and read-only, so its pages hold the file's own bytes: dropping them changes no value that
+            // a later or concurrent read sees.
+            let advised = unsafe { self.inner.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, range.len()) };
+            // An advice that is not taken leaves the pages where they were.
+            let _ = advised;
+        }
+        #[cfg(not(unix))]
+        let _ = name;
     }
 
     /// The header's `__metadata__`; empty if it has none.

@@ -2,12 +2,11 @@
 
 use std::path::Path;
 
-use candle_core::DType;
 use lokr::{LokrNetwork, ParameterGroup, Preset, Trees};
 use sdxl::Sdxl;
 use sdxl::checkpoint::{Checkpoint, Part};
 
-use crate::config::{ModelConfig, RunConfig};
+use crate::config::{ModelConfig, RunConfig, WeightDtype};
 use crate::error::{Error, Result};
 
 /// Opens the base model's files; the networks are built from them later.
@@ -24,12 +23,20 @@ pub fn open_checkpoint(config: &ModelConfig, untransposed_projection: bool) -> R
     Ok(checkpoint.with_head_dims(dims))
 }
 
-/// Builds the networks, in f32.
+/// Builds the networks, their weights kept as the file has them.
 ///
 /// # Errors
 /// If a part has missing, misshapen or left-over tensors.
 pub fn load_model(checkpoint: &Checkpoint) -> Result<Sdxl> {
-    Ok(Sdxl::load(checkpoint, DType::F32)?)
+    load_model_as(checkpoint, WeightDtype::Auto)
+}
+
+/// Builds the networks, their weights kept as `model.weight_dtype` says.
+///
+/// # Errors
+/// If a part has missing, misshapen or left-over tensors.
+pub fn load_model_as(checkpoint: &Checkpoint, dtype: WeightDtype) -> Result<Sdxl> {
+    Ok(Sdxl::load(checkpoint, dtype.dtype())?)
 }
 
 /// The trees that a recipe adapts: a part with learning rate 0 is left out.

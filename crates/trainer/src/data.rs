@@ -76,6 +76,11 @@ impl Data {
         })
     }
 
+    /// Whether latents are cached, so that training does without the VAE.
+    pub fn caches_latents(&self) -> bool {
+        self.cache.is_some()
+    }
+
     /// The plan of an epoch; the two newest are kept.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use sdxl::GradientCheckpointing;
 use serde_json::{Map, Value, json};
 
 use self::python::{Python, dumps};
@@ -119,7 +120,7 @@ fn run(config: &RunConfig, facts: &RunFacts, map: &mut Metadata) {
     put(map, "ss_num_epochs", facts.num_epochs);
     put(map, "ss_max_train_steps", facts.max_train_steps);
     put(map, "ss_gradient_accumulation_steps", t.gradient_accumulation_steps);
-    put(map, "ss_gradient_checkpointing", t.gradient_checkpointing);
+    put(map, "ss_gradient_checkpointing", t.gradient_checkpointing != GradientCheckpointing::None);
 }
 
 fn training(config: &RunConfig, map: &mut Metadata) {

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use lokr::LokrNetwork;
-use sdxl::Sdxl;
 use sdxl::checkpoint::ModelHash;
 use sdxl::tokenizer::Tokenizer;
+use sdxl::{GradientCheckpointing, Sdxl};
 
 use crate::config::RunConfig;
 use crate::data::Data;
@@ -50,7 +50,7 @@ impl Outputs {
                 schedule: config.noise_schedule(),
                 loss: config.loss(),
                 prediction: config.prediction(),
-                gradient_checkpointing: false,
+                gradient_checkpointing: GradientCheckpointing::None,
                 train_text_encoder: false,
             },
             config: config.clone(),
@@ -130,6 +130,9 @@ impl Outputs {
             let path = self.preview_path(step, index);
             preview::write_png(&path, &picture)?;
             observe(Event::Wrote("preview", path));
+        }
+        if self.data.caches_latents() {
+            model.vae.release();
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use random::{Purpose, Stream};
 use sdxl::conditioning::added_condition;
 use sdxl::tokenizer::Tokenizer;
 use sdxl::vae::LATENT_SCALE;
-use sdxl::{Sdxl, TextCondition};
+use sdxl::{GradientCheckpointing, Sdxl, TextCondition};
 
 use crate::config::{PromptConfig, SampleConfig};
 use crate::error::{Error, Result};
@@ -97,7 +97,7 @@ fn draw_recorded(model: &Sdxl, tokenizer: &Tokenizer, schedule: &Schedule, predi
     let denoise = |x: &Tensor, t: f64| {
         let x = if guided { Tensor::cat(&[x, x], 0)? } else { x.clone() };
         let t = Tensor::from_vec(vec![t as f32; n], n, &Device::Cpu)?;
-        let out = model.unet.forward(&Value::constant(x), &t, &text.context, &vector, false)?;
+        let out = model.unet.forward(&Value::constant(x), &t, &text.context, &vector, GradientCheckpointing::None)?;
         let out = out.tensor();
         if guided { diffusion::guide(&out.narrow(0, 0, 1)?, &out.narrow(0, 1, 1)?, r.guidance_scale) } else { Ok(out.clone()) }
     };
@@ -120,7 +120,7 @@ fn encode(model: &Sdxl, tokenizer: &Tokenizer, r: &Request, guided: bool) -> Res
     }
     let rows = ids[0].len();
     let [w1, w2] = weights.map(|w| Tensor::from_vec(w, (rows, 77), &Device::Cpu));
-    Ok(model.encode_text(&ids[0], &ids[1], chunks, Some((&w1?, &w2?)), false)?)
+    Ok(model.encode_text(&ids[0], &ids[1], chunks, Some((&w1?, &w2?)), GradientCheckpointing::None)?)
 }
 
 /// `(1, 3, h, w)` in [-1, 1] to 8-bit RGB.

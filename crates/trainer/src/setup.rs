@@ -75,7 +75,7 @@ pub fn open(config: &RunConfig, observe: &mut Observer) -> Result<Sources> {
 /// Anything that keeps the run from starting.
 pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut Observer) -> Result<Parts> {
     let Sources { dataset, checkpoint, hash } = sources;
-    let model = base::load_model(&checkpoint)?;
+    let model = base::load_model_as(&checkpoint, config.model.weight_dtype)?;
     let network = base::create_network(config, &model)?;
     observe(Event::Note(base::table(config, &network)));
     for pattern in network.unmatched() {
@@ -103,6 +103,9 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
     };
     let data = Arc::new(Data::new(config, dataset, cache, ranks.rank(), ranks.count())?);
     let outputs = ranks.is_first().then(|| Outputs::new(config, &model, Tokenizer::new()?, &data, &hash)).transpose()?;
+    if data.caches_latents() {
+        model.vae.release();
+    }
     observe(Event::Note(derived(config, &data, &sizes, &optimizer)));
     Ok(Parts { model, network, trained, optimizer, data, outputs, objective, base_hash: hash.sha256 })
 }
@@ -141,7 +144,7 @@ fn derived(config: &RunConfig, data: &Data, sizes: &[usize], optimizer: &Optimiz
         line.total_steps as f64 / line.steps_per_epoch() as f64,
         optimizer.kind().name(),
         base::thousands(sizes.iter().sum()),
-        if t.gradient_checkpointing { "on" } else { "off" },
+        t.gradient_checkpointing.name(),
     )
 }
 

@@ -5,8 +5,8 @@ use diffusion::{BatchNoise, LossConfig, Prediction, Schedule};
 use lokr::ParameterGroup;
 use ops::{F32, OnGradient, Parameter, Value};
 use optim::{Optimizer, clip};
-use sdxl::Sdxl;
 use sdxl::conditioning::added_condition;
+use sdxl::{GradientCheckpointing, Sdxl};
 
 use crate::error::Result;
 
@@ -44,8 +44,8 @@ pub struct Objective {
     pub loss: LossConfig,
     /// Noise or velocity.
     pub prediction: Prediction,
-    /// Recompute activations in the backward pass.
-    pub gradient_checkpointing: bool,
+    /// Which activations are computed again in the backward pass.
+    pub gradient_checkpointing: GradientCheckpointing,
     /// Whether the text encoders are trained; if not, they run without recording.
     pub train_text_encoder: bool,
 }
@@ -108,7 +108,7 @@ pub fn locate_non_finite(model: &Sdxl, objective: &Objective, batch: &MicroBatch
         if !finite(&batch.latents) {
             return Ok("a latent".into());
         }
-        let text = model.encode_text(&batch.ids[0], &batch.ids[1], batch.chunks, None, false)?;
+        let text = model.encode_text(&batch.ids[0], &batch.ids[1], batch.chunks, None, GradientCheckpointing::None)?;
         if !finite(text.context.tensor()) || !finite(text.pooled.tensor()) {
             return Ok("the output of a text encoder".into());
         }
@@ -122,7 +122,7 @@ pub fn locate_non_finite(model: &Sdxl, objective: &Objective, batch: &MicroBatch
                 first = Some(format!("the output of the UNet's {name}"));
             }
         };
-        let out = model.unet.forward_with(&Value::constant(noisy), &t, &text.context, &vector, false, &mut tap)?;
+        let out = model.unet.forward_with(&Value::constant(noisy), &t, &text.context, &vector, GradientCheckpointing::None, &mut tap)?;
         Ok(first.unwrap_or_else(|| if finite(out.tensor()) { "the loss".into() } else { "the output of the UNet's out".into() }))
     })
 }

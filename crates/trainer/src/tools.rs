@@ -133,9 +133,8 @@ pub struct MergeRequest {
 /// If a file cannot be read or written, or the adapter fits nothing.
 pub fn export_merged(r: &MergeRequest) -> Result<Merged> {
     let checkpoint = open_base(&r.base, r.vae.as_ref())?;
-    // Built in the file's own number format: only names and shapes of the layers are needed.
-    let dtype = checkpoint.dtype(Part::Unet, "out.2.weight").unwrap_or(DType::F32);
-    let model = sdxl::Sdxl::load(&checkpoint, dtype)?;
+    // Only names and shapes of the layers are needed.
+    let model = base::load_model(&checkpoint.clone().without_weights())?;
     let merge = Merge {
         lokr: &r.lokr,
         multiplier: r.multiplier,
@@ -182,7 +181,7 @@ pub fn export_lokr(run: &Path, out: &Path, precision: SavePrecision) -> Result<P
         })?
     };
     let config = RunConfig::parse(&found.recipe, &found.path.join("recipe.toml"), &[])?;
-    let model = base::load_model(&base::open_checkpoint(&config.model, false)?)?;
+    let model = base::load_model(&base::open_checkpoint(&config.model, false)?.without_weights())?;
     let network = base::create_network(&config, &model)?;
     let trained: Vec<crate::step::Trained> =
         network.parameters().into_iter().map(|(group, parameter)| crate::step::Trained { group, parameter }).collect();

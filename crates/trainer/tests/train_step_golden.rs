@@ -7,8 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use diffusion::{BatchNoise, LossConfig, Prediction, Schedule, add_offset};
 use lokr::{LokrNetwork, NetworkConfig, ParameterGroup, Preset, Trees};
 use optim::{Hyper, Optimizer, OptimizerKind};
-use sdxl::Sdxl;
 use sdxl::checkpoint::{Checkpoint, HeadDims};
+use sdxl::{GradientCheckpointing, Sdxl};
 use serde_json::Value as Json;
 use storage::safetensors::SafeTensors;
 use trainer::step::{self, MicroBatch, Objective, Trained};
@@ -87,7 +87,7 @@ fn run(kind: OptimizerKind, name: &str, untransposed: bool, weights: Option<(&st
     let hyper = &r.json["hyper"];
     let number = |key: &str| hyper[key].as_f64().unwrap();
     let (Setup { model, trained }, _network) = setup(&r, untransposed);
-    for gradient_checkpointing in [false, true] {
+    for gradient_checkpointing in [GradientCheckpointing::None, GradientCheckpointing::Block, GradientCheckpointing::Layer] {
         for t in &trained {
             t.parameter.set(r.get(&format!("init.{}", t.parameter.name()))).unwrap();
         }

@@ -5,9 +5,9 @@ use super::{close, difference, golden};
 use crate::{LokrNetwork, MergeScale, Module, NetworkConfig, ParameterGroup, Preset, SaveDtype, SaveOptions, Trees};
 use candle_core::{DType, Device, Tensor};
 use ops::Value;
-use sdxl::Sdxl;
 use sdxl::checkpoint::{Checkpoint, HeadDims, Part};
 use sdxl::conditioning::added_condition;
+use sdxl::{GradientCheckpointing, Sdxl};
 use std::collections::{BTreeMap, BTreeSet};
 use storage::safetensors::SafeTensors;
 
@@ -107,14 +107,14 @@ pub(super) fn forward(model: &Sdxl) -> [Value; 4] {
     };
     let run = || -> candle_core::Result<[Value; 4]> {
         let (ids1, ids2) = (ids("ids1"), ids("ids2"));
-        let h1 = model.te1.penultimate(&ids1, false)?;
-        let h2 = model.te2.penultimate(&ids2, false)?;
-        let pooled = model.te2.pooled(&model.te2.last(&h2, false)?, &ids2)?;
+        let h1 = model.te1.penultimate(&ids1, GradientCheckpointing::None)?;
+        let h2 = model.te2.penultimate(&ids2, GradientCheckpointing::None)?;
+        let pooled = model.te2.pooled(&model.te2.last(&h2, GradientCheckpointing::None)?, &ids2)?;
         let context = ops::cat(&[&ops::narrow(&h1, 0, 0, 2)?, &ops::narrow(&h2, 0, 0, 2)?], 2)?;
         let vector = added_condition(&ops::narrow(&pooled, 0, 0, 2)?, &i64s("unet.0.time_ids"))?;
         let timesteps = i64s("unet.0.timesteps").to_dtype(DType::F32)?;
         let latents = Value::constant(inputs["unet.0.latents"].clone());
-        let out = model.unet.forward(&latents, &timesteps, &context, &vector, false)?;
+        let out = model.unet.forward(&latents, &timesteps, &context, &vector, GradientCheckpointing::None)?;
         Ok([h1, h2, pooled, out])
     };
     run().expect("runs")

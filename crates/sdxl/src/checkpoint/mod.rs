@@ -12,6 +12,7 @@
 //! [`Checkpoint::names`], to be reported.
 
 mod configs;
+mod described;
 mod dims;
 mod export;
 mod folder;
@@ -28,6 +29,8 @@ use serde_json::Value;
 use storage::safetensors::{Dtype, SafeTensors};
 
 use crate::error::{Error, Result};
+pub use described::Shapes;
+pub(crate) use described::zeros;
 pub use dims::HeadDims;
 pub use export::{export, modelspec};
 pub use hash::ModelHash;
@@ -167,6 +170,7 @@ pub struct Checkpoint {
     scheduler: Option<Value>,
     untransposed: bool,
     head_dims: Option<HeadDims>,
+    described: described::Described,
 }
 
 impl Checkpoint {
@@ -252,13 +256,18 @@ impl Checkpoint {
         self.entry(part, name).map(|entry| entry.name.clone())
     }
 
-    /// Copies a tensor out of the memory map: on the CPU, in the file's element type, in canonical shape.
+    /// Copies a tensor out of the memory map, whose pages are then given back: on the CPU, in the file's element type, in canonical
+    /// shape. Of a checkpoint without weights, zeros that take no memory.
     ///
     /// # Errors
     /// [`Error::MissingPart`], [`Error::MissingTensor`]; [`Error::BadTensor`] for element types that cannot be computed
     /// with.
     pub fn load(&self, part: Part, name: &str) -> Result<Tensor> {
         let entry = self.entry(part, name).ok_or_else(|| self.missing(part, name))?;
+        if !self.has_weights() {
+            let shape = self.shape(part, name).unwrap_or_default();
+            return described::zeros(&shape, self.dtype(part, name).unwrap_or(DType::F32));
+        }
         let file = &self.files[entry.file];
         let bad = |what: String| Error::BadTensor { path: file.path().into(), name: entry.name.clone(), what };
         let dtype: DType = entry.dtype.try_into().map_err(|_| bad(format!("element type {} cannot be loaded", entry.dtype)))?;
@@ -272,6 +281,7 @@ impl Checkpoint {
             in_file.reverse();
         }
         let tensor = Tensor::from_raw_buffer(bytes, dtype, &in_file, &Device::Cpu).map_err(|e| bad(e.to_string()))?;
+        file.release(&entry.name);
         if entry.view == View::Transposed && !self.untransposed {
             return Ok(tensor.t()?.contiguous()?);
         }

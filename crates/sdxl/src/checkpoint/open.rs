@@ -110,7 +110,7 @@ impl Checkpoint {
         }
     }
 
-    fn empty(path: &Path, layout: Layout) -> Checkpoint {
+    pub(super) fn empty(path: &Path, layout: Layout) -> Checkpoint {
         Checkpoint {
             path: path.to_path_buf(),
             vae_path: None,
@@ -123,6 +123,7 @@ impl Checkpoint {
             scheduler: None,
             untransposed: false,
             head_dims: None,
+            described: Default::default(),
         }
     }
 }

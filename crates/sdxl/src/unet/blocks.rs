@@ -8,6 +8,7 @@ use ops::Value;
 use crate::build::Scope;
 use crate::error;
 use crate::layers::{Conv2d, Linear, Norm};
+use crate::recompute::GradientCheckpointing;
 
 /// Group norm, SiLU, convolution, twice; the time embedding is added in between.
 pub struct ResnetBlock2D {
@@ -40,10 +41,13 @@ impl ResnetBlock2D {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn forward(&self, x: &Value, emb: &Value) -> Result<Value> {
-        let h = self.in_conv.forward(&self.in_norm.forward_silu(x)?)?;
-        let h = ops::add_bias_nc(&h, &self.emb_proj.forward(emb)?)?;
-        let h = self.out_conv.forward(&self.out_norm.forward_silu(&h)?)?;
+    pub fn forward(self: &Arc<Self>, x: &Value, emb: &Value, checkpointing: GradientCheckpointing) -> Result<Value> {
+        let (first, second) = (self.clone(), self.clone());
+        let h = checkpointing.layer(&[x, emb], move |v| {
+            let h = first.in_conv.forward(&first.in_norm.forward_silu(&v[0])?)?;
+            ops::add_bias_nc(&h, &first.emb_proj.forward(&v[1])?)
+        })?;
+        let h = checkpointing.layer(&[&h], move |v| second.out_conv.forward(&second.out_norm.forward_silu(&v[0])?))?;
         match &self.skip_connection {
             Some(skip) => ops::add(&skip.forward(x)?, &h),
             None => ops::add(x, &h),
@@ -119,11 +123,15 @@ impl BasicTransformerBlock {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn forward(&self, x: &Value, context: &Value) -> Result<Value> {
-        let h = self.norm1.forward(x)?;
-        let x = ops::add(&self.attn1.forward(&h, &h)?, x)?;
-        let x = ops::add(&self.attn2.forward(&self.norm2.forward(&x)?, context)?, &x)?;
-        ops::add(&self.ff.forward(&self.norm3.forward(&x)?)?, &x)
+    pub fn forward(self: &Arc<Self>, x: &Value, context: &Value, checkpointing: GradientCheckpointing) -> Result<Value> {
+        let (first, second, third) = (self.clone(), self.clone(), self.clone());
+        let x = checkpointing.layer(&[x], move |v| {
+            let h = first.norm1.forward(&v[0])?;
+            ops::add(&first.attn1.forward(&h, &h)?, &v[0])
+        })?;
+        let x =
+            checkpointing.layer(&[&x, context], move |v| ops::add(&second.attn2.forward(&second.norm2.forward(&v[0])?, &v[1])?, &v[0]))?;
+        checkpointing.layer(&[&x], move |v| ops::add(&third.ff.forward(&third.norm3.forward(&v[0])?)?, &v[0]))
     }
 }
 
@@ -151,21 +159,17 @@ impl Transformer2DModel {
         Ok(Self { norm, proj_in, transformer_blocks, proj_out })
     }
 
-    /// `x (n, c, h, w)`, `context (n, tokens, context_dim)`; with `checkpointing` each block keeps its input only.
+    /// `x (n, c, h, w)`, `context (n, tokens, context_dim)`.
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn forward(&self, x: &Value, context: &Value, checkpointing: bool) -> Result<Value> {
+    pub fn forward(&self, x: &Value, context: &Value, checkpointing: GradientCheckpointing) -> Result<Value> {
         let (n, c, h, w) = x.tensor().dims4()?;
         let tokens = ops::transpose(&ops::reshape(&self.norm.forward(x)?, &[n, c, h * w])?, 1, 2)?;
         let mut tokens = self.proj_in.forward(&tokens)?;
         for block in &self.transformer_blocks {
-            tokens = if checkpointing {
-                let block = block.clone();
-                ops::checkpoint(&[&tokens, context], move |v| block.forward(&v[0], &v[1]))?
-            } else {
-                block.forward(&tokens, context)?
-            };
+            let block = block.clone();
+            tokens = checkpointing.block(&[&tokens, context], move |v| block.forward(&v[0], &v[1], checkpointing))?;
         }
         let tokens = self.proj_out.forward(&tokens)?;
         ops::add(&ops::reshape(&ops::transpose(&tokens, 1, 2)?, &[n, c, h, w])?, x)

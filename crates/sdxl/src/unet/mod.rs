@@ -16,6 +16,7 @@ use crate::conditioning::timestep_embedding;
 use crate::config::UNetConfig;
 use crate::error;
 use crate::layers::{Conv2d, Linear, ModuleTree, Norm};
+use crate::recompute::GradientCheckpointing;
 
 enum Layer {
     Conv(Arc<Conv2d>),
@@ -59,12 +60,12 @@ impl Maker<'_> {
 }
 
 impl UNet {
-    /// Builds the UNet of a checkpoint with weights stored as `dtype`.
+    /// Builds the UNet of a checkpoint with weights stored as `dtype`, or as in the file.
     ///
     /// # Errors
     /// With the names and shapes of all tensors that are missing, misshapen or left over.
-    pub fn load(checkpoint: &Checkpoint, config: UNetConfig, dtype: DType) -> error::Result<Self> {
-        let builder = Builder::new(checkpoint, Part::Unet, dtype);
+    pub fn load(checkpoint: &Checkpoint, config: UNetConfig, dtype: impl Into<Option<DType>>) -> error::Result<Self> {
+        let builder = Builder::new(checkpoint, Part::Unet, dtype.into());
         let root = builder.root("SdxlUNet2DConditionModel");
         let width = config.block_out_channels[0];
         let temb = 4 * width;
@@ -128,11 +129,18 @@ impl UNet {
     }
 
     /// Noise (or v) prediction. `latents (n, 4, h, w)`, `timesteps (n)`, `context (n, tokens, context_dim)`,
-    /// `vector (n, adm_dim)`. With `checkpointing`, each ResNet and transformer block keeps its input only.
+    /// `vector (n, adm_dim)`.
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn forward(&self, latents: &Value, timesteps: &Tensor, context: &Value, vector: &Value, checkpointing: bool) -> Result<Value> {
+    pub fn forward(
+        &self,
+        latents: &Value,
+        timesteps: &Tensor,
+        context: &Value,
+        vector: &Value,
+        checkpointing: GradientCheckpointing,
+    ) -> Result<Value> {
         self.forward_with(latents, timesteps, context, vector, checkpointing, &mut |_, _| {})
     }
 
@@ -146,7 +154,7 @@ impl UNet {
         timesteps: &Tensor,
         context: &Value,
         vector: &Value,
-        checkpointing: bool,
+        checkpointing: GradientCheckpointing,
         tap: &mut dyn FnMut(&str, &Value),
     ) -> Result<Value> {
         let width = self.config.block_out_channels[0];
@@ -161,11 +169,10 @@ impl UNet {
             for layer in layers {
                 h = match layer {
                     Layer::Conv(conv) | Layer::Downsample(conv) => conv.forward(&h)?,
-                    Layer::Resnet(block) if checkpointing => {
+                    Layer::Resnet(block) => {
                         let block = block.clone();
-                        ops::checkpoint(&[&h, &emb], move |v| block.forward(&v[0], &v[1]))?
+                        checkpointing.block(&[&h, &emb], move |v| block.forward(&v[0], &v[1], checkpointing))?
                     }
-                    Layer::Resnet(block) => block.forward(&h, &emb)?,
                     Layer::Transformer(model) => model.forward(&h, context, checkpointing)?,
                     Layer::Upsample(conv) => {
                         let (_, _, height, width) = h.tensor().dims4()?;

@@ -33,7 +33,9 @@ pub use self::dataset::CacheConfig;
 pub use self::error::{ConfigError, Fault, Place, Problem};
 pub use self::key::{Key, Origin, Section, Setting};
 pub use self::render::{reference, template};
-pub use self::sections::{ModelConfig, NetworkConfig, OutputConfig, PromptConfig, Resume, SampleConfig, SavePrecision, ValidationConfig};
+pub use self::sections::{
+    ModelConfig, NetworkConfig, OutputConfig, PromptConfig, Resume, SampleConfig, SavePrecision, ValidationConfig, WeightDtype,
+};
 pub use self::train::{Compat, MixedPrecision, OnNonFinite, StepCount, TextEncoderLr, TrainConfig};
 
 /// A recipe, read and complete: every key has its value.

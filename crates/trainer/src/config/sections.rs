@@ -3,10 +3,37 @@
 
 use std::path::PathBuf;
 
+use candle_core::DType;
 use diffusion::{Sampler, Spacing};
 use toml::{Table, Value};
 
 use super::key::{Section, Setting, choice, section};
+
+choice! {
+    /// Number format of the frozen weights in memory.
+    WeightDtype {
+        /// As in the file.
+        Auto = "auto",
+        /// f32.
+        Float = "float",
+        /// f16.
+        Fp16 = "fp16",
+        /// bf16.
+        Bf16 = "bf16",
+    }
+}
+
+impl WeightDtype {
+    /// The type to convert to; `None`: the file's.
+    pub fn dtype(self) -> Option<DType> {
+        match self {
+            Self::Auto => None,
+            Self::Float => Some(DType::F32),
+            Self::Fp16 => Some(DType::F16),
+            Self::Bf16 => Some(DType::BF16),
+        }
+    }
+}
 
 section! {
     /// The base model, which stays frozen.
@@ -15,6 +42,9 @@ section! {
         base: PathBuf = PathBuf::new(), sd("pretrained_model_name_or_path"), required;
         /// A VAE that replaces the base model's: a file or a folder.
         vae: Option<PathBuf> = None, same;
+        /// Number format in which the weights of the UNet and the text encoders are kept in memory. Narrow ones are widened a layer at a time
+        /// where they are used. "auto": as in the file. The VAE is f32, and in memory only while it is used.
+        weight_dtype: WeightDtype = WeightDtype::Auto, ours;
         /// The base model predicts velocity (v) instead of noise.
         v_parameterization: bool = false, same;
         /// Train with the schedule that leaves no signal at the last timestep. The base model must have been trained so.

@@ -179,7 +179,7 @@ fn wrong_types_say_what_was_expected() {
         ("unet_lr = nan", "train.unet_lr: expected number, found the number nan", ""),
         (
             "gradient_checkpointing = \"False\"",
-            "train.gradient_checkpointing: expected true or false, found the text \"False\"",
+            "train.gradient_checkpointing: expected one of \"none\", \"block\", \"layer\", true or false, found the text \"False\"",
             "write false without quotes",
         ),
         (

@@ -2,6 +2,7 @@
 
 use diffusion::{HuberSchedule, LossType};
 use optim::{OptimizerKind, ScheduleKind};
+use sdxl::GradientCheckpointing;
 use toml::Value;
 
 use super::key::{Setting, choice, one_of, section};
@@ -36,6 +37,21 @@ macro_rules! listed_setting {
     )+};
 }
 listed_setting!(OptimizerKind, ScheduleKind);
+
+impl Setting for GradientCheckpointing {
+    fn kind() -> String {
+        format!("{}, true or false", one_of(Self::NAMES))
+    }
+    fn read(value: &Value) -> Option<Self> {
+        match value {
+            Value::Boolean(on) => Some(if *on { Self::Block } else { Self::None }),
+            value => Self::from_name(value.as_str()?),
+        }
+    }
+    fn write(&self) -> Option<Value> {
+        Some(self.name().into())
+    }
+}
 
 choice! {
     /// A program whose arithmetic is to be reproduced.
@@ -197,8 +213,10 @@ section! {
         max_timestep: u32 = 1000, same;
         /// Longest caption in tokens: 75, 150 or 225.
         max_token_length: u32 = 75, same;
-        /// Recompute activations in the backward pass instead of keeping them: less memory, about a third more time.
-        gradient_checkpointing: bool = false, same;
+        /// Compute activations again in the backward pass instead of keeping them; gradients stay the same to the last bit. "block" (or true, as
+        /// in sd-scripts): each ResNet, transformer block and text encoder layer keeps its input only, about a third more time. "layer": the
+        /// attentions, feed-forwards and ResNet halves inside them too, about two thirds more time and the least memory. "none" (or false): all is kept.
+        gradient_checkpointing: GradientCheckpointing = GradientCheckpointing::None, same;
         /// "sd-scripts": do as it does where its arithmetic differs from the published model's: the pooled text embedding of single-file
         /// checkpoints (projection not transposed), loss weights from the schedule before `zero_terminal_snr`, and, unless the recipe
         /// gives it, `dataset.crop_condition`. For comparisons with its runs.
