@@ -47,7 +47,9 @@ pub fn init_base(shapes: &Shapes, seed: u64, target: &Path, diffusers: bool) -> 
     let count = Part::ALL.into_iter().map(of_part).sum();
     let layout = if diffusers { Layout::Diffusers } else { Layout::SingleFile };
     let edit = |part: Part, name: &str, blank: Tensor| Ok(draw(seed, part, name, blank.dims())?);
-    export(&described, target, layout, Some(DType::F16), &BTreeMap::new(), &edit)?;
+    // Not the file's name, so that equal seeds give equal files.
+    let metadata = BTreeMap::from([("modelspec.title".to_owned(), format!("random weights, seed {seed}"))]);
+    export(&described, target, layout, Some(DType::F16), &metadata, &edit)?;
     Ok(count)
 }
 

@@ -48,7 +48,7 @@ pub(super) fn wrong_kind(path: &str, kind: &str, value: &Value, place: Place) ->
             let names = kind.strip_prefix("one of ").map(|names| names.split(", ").map(|n| n.trim_matches('"').to_owned()));
             let near = names.and_then(|names| nearest(text, names.map(|n| (n.clone(), n))));
             let number = text.trim().parse::<f64>().is_ok() && kind.contains("number");
-            let flag = matches!(text.to_ascii_lowercase().as_str(), "true" | "false") && kind == "true or false";
+            let flag = matches!(text.to_ascii_lowercase().as_str(), "true" | "false") && kind.ends_with("true or false");
             match near {
                 Some(name) => Some(format!("did you mean \"{name}\"?")),
                 None if number || flag => Some(format!("write {} without quotes", text.trim().to_ascii_lowercase())),

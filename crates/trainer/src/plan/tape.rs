@@ -295,3 +295,51 @@ fn run(meter: &Rc<Meter>, mut pending: Pending) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An op of 10 elements that keeps its input, as an activation does.
+    fn keeps(meter: &Rc<Meter>, x: &V) -> V {
+        meter.work(Work { macs: 1.0, ..Work::default() });
+        let back = Back { saved: vec![x.buffer.clone()], work: Work { macs: 2.0, ..Work::default() }, ..Back::default() };
+        op(meter, &[x], 10, false, true, back)
+    }
+
+    fn chain(ops: usize, segments: usize) -> (u64, f64) {
+        let meter = Meter::new(4, false, None);
+        let mut x = constant(&meter, 10);
+        for _ in 0..segments {
+            let m = meter.clone();
+            x = segment(&meter, segments > 1, &[&x], Rc::new(move |v| (0..ops / segments).fold(v[0].clone(), |x, _| keeps(&m, &x))));
+        }
+        backward(&meter, x);
+        assert_eq!(meter.live.get(), 0, "all is given back");
+        (meter.peak().0, meter.flops())
+    }
+
+    /// Counted by hand. All kept: the input and twelve outputs, of which the last is let go before the first gradient's successor is
+    /// made; then two gradients at most. In three segments: the input and two boundaries, and inside the last one four more.
+    #[test]
+    fn peaks_are_those_of_the_real_tape() {
+        let (whole, flops) = chain(12, 1);
+        assert_eq!((whole, flops), (14 * 40, 72.0));
+        let (parts, flops) = chain(12, 3);
+        assert!(parts < whole, "{parts} against {whole}");
+        assert_eq!(flops, 72.0 + 24.0);
+    }
+
+    #[test]
+    fn a_gradient_stays_and_is_added_to() {
+        let meter = Meter::new(4, false, None);
+        for _ in 0..2 {
+            let x = constant(&meter, 10);
+            let back = Back { parameters: vec![(0, 1000)], ..Back::default() };
+            let y = op(&meter, &[&x], 10, false, true, back);
+            backward(&meter, y);
+        }
+        assert_eq!((meter.gradients.get(), meter.live.get()), (1000, 0));
+        assert!(meter.peak().0 >= 3000, "the second gradient and the sum stand beside the first");
+    }
+}
