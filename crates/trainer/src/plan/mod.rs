@@ -228,7 +228,7 @@ fn checkpoint(config: &RunConfig, notes: &mut Vec<String>) -> Result<Checkpoint>
 /// The batch with the most pixels, and the run's steps.
 fn data(config: &RunConfig, notes: &mut Vec<String>) -> Result<((u32, u32, usize), Option<Timeline>)> {
     let t = &config.train;
-    let timeline = |batches| Timeline::new(batches, t.gradient_accumulation_steps as u64, t.max_train_steps, t.max_train_epochs);
+    let timeline = |batches| Timeline::new(batches, t.gradient_accumulation_steps as u64, 1, t.max_train_steps, t.max_train_epochs);
     match Dataset::open(&config.dataset) {
         Ok((dataset, _)) => {
             let samples = |visits: u64| t.batch_size.min(visits as usize).max(1);
