@@ -151,8 +151,8 @@ fn ranks_that_were_started_for_different_runs_are_refused_with_what_differs() {
     assert!(!world.path("other/run/checkpoints").exists(), "rank 0 alone writes");
 }
 
-/// Two machines: network namespaces with a link between them, host names of their own, and folders of their own. The link is cut
-/// when machine 0 has made three steps.
+/// Two machines: network namespaces with a link between them, host names of their own, and folders of their own. With CUT the link
+/// is cut when machine 0 has made three steps.
 const TWO_MACHINES: &str = r#"
 set -e
 mount -t tmpfs tmpfs /run
@@ -166,11 +166,11 @@ program=$1; shift
 node() {
   cd $2
   exec nsenter --net=/run/netns/$1 unshare --uts sh -c 'hostname machine-'$1'; exec "$@"' sh \
-    "$program" launch --nproc-per-node 2 --nnodes 2 --node-rank $3 --rdzv-endpoint 10.77.0.1:29500 -- $ARGUMENTS
+    "$program" launch $OPTIONS --nproc-per-node 2 --nnodes 2 --node-rank $3 --rdzv-endpoint 10.77.0.1:29500 -- $ARGUMENTS
 }
 (node a "$FOLDER" 0) >"$FOLDER/a.log" 2>&1 & a=$!
 (node b "$FOLDER/other" 1) >"$FOLDER/b.log" 2>&1 & b=$!
-until [ "$(grep -c grad_norm "$FOLDER/run/metrics.jsonl" 2>/dev/null || true)" -ge 3 ] 2>/dev/null; do
+[ "$CUT" = yes ] && until [ "$(grep -c grad_norm "$FOLDER/run/metrics.jsonl" 2>/dev/null || true)" -ge 3 ] 2>/dev/null; do
   kill -0 $a; sleep 0.05
 done
 [ "$CUT" = yes ] && ip -n a link set va down
@@ -179,11 +179,15 @@ wait $a; echo "machine 0: $?"
 wait $b; echo "machine 1: $?"
 "#;
 
-fn two_machines(world: &World, cut: bool, set: &[&str]) -> Option<String> {
+fn two_machines(world: &World, cut: bool, options: &str, fault: &str, set: &[&str]) -> Option<String> {
     let shell = |args: &[&str]| {
         let mut command = Command::new("unshare");
         command.args(["--map-root-user", "--net", "--mount", "sh", "-c", TWO_MACHINES, "sh"]).args(args);
         command.env("FOLDER", &world.folder).env("ARGUMENTS", arguments(set).join(" ")).env("CUT", if cut { "yes" } else { "no" });
+        command.env("OPTIONS", options);
+        if !fault.is_empty() {
+            command.env("LOKR_FAULT", fault);
+        }
         command.output()
     };
     if !shell(&["probe"]).is_ok_and(|o| o.status.success()) {
@@ -212,14 +216,28 @@ fn with_second_machine(name: &str) -> World {
 #[test]
 fn two_machines_train_together_and_a_cut_link_is_named() {
     let world = with_second_machine("two-machines");
-    let Some(all) = two_machines(&world, false, SHORT) else { return };
+    let Some(all) = two_machines(&world, false, "", "", SHORT) else { return };
     assert!(all.contains("machine 0: 0\n") && all.contains("machine 1: 0\n"), "{all}");
     assert_eq!(steps_in_metrics(&world.run()), (1..=6).collect::<Vec<_>>());
     let world = with_second_machine("cut-link");
-    let all = two_machines(&world, true, &["train.max_train_steps=100000", "train.gradient_accumulation_steps=1"]).expect("it has worked");
+    let endless = ["train.max_train_steps=100000", "train.gradient_accumulation_steps=1"];
+    let all = two_machines(&world, true, "", "", &endless).expect("it has worked");
     assert!(all.contains("machine 0: 75\n") && all.contains("machine 1: 75\n"), "{all}");
     // Machine 0 hears nothing of both processes of the other, and the other nothing of rank 0.
     let (a, b) = all.split_once("--- b\n").expect("both logs");
     assert!(a.contains("ranks 2 (machine-b), 3 (machine-b) were lost: nothing was heard for "), "{all}");
     assert!(b.contains("rank 0 (machine-a) was lost: nothing was heard for "), "{all}");
+    // A process of the second machine dies: both launchers start again, from the checkpoint that lies on the first.
+    let world = with_second_machine("machine-restart");
+    let set = [
+        "train.max_train_steps=6",
+        "train.gradient_accumulation_steps=1",
+        "output.save_every_n_steps=1",
+        "dataset.subsets[0].num_repeats=4",
+    ];
+    let all = two_machines(&world, false, "--max-restarts 1", "3:all-reduce:3:kill", &set).expect("it has worked");
+    assert!(all.contains("machine 0: 0\n") && all.contains("machine 1: 0\n"), "{all}");
+    assert!(all.contains("error: rank 3 (local rank 1) was killed by signal 9 (SIGKILL)"), "{all}");
+    assert!(all.contains("resuming from run/checkpoints/step-00000003: 3 of 6 steps done"), "{all}");
+    assert_eq!(steps_in_metrics(&world.run()), (1..=6).collect::<Vec<_>>(), "each step once");
 }
