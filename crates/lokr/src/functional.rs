@@ -11,24 +11,20 @@
 use crate::kernel::{Layer, kron, merge};
 use candle_core::{DType, Result, Tensor};
 use ops::Value;
-use ops::kernel::{mix, mix_grad};
+use ops::kernel::{Delta, Frozen, fuses, mix, mix_grad, sum};
 
 /// How the forward pass and the input gradient are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// One product with W + delta, which is rebuilt for the call and dropped.
+    /// One product with W + delta. In f32 on the CPU the sum is formed line by line while the weight is packed for the product;
+    /// elsewhere it is built for the call and dropped.
     Merged,
     /// The product with W, plus the chain through both factors.
     Factored,
 }
 
-/// Multiply-adds in whose time one element of the merged weight is built. Measured on two AVX-512 cores: 0.45 ms for 1280x1280,
-/// against 2.3 ms for 0.21 G multiply-adds of the chain; 25 ms for 10240x1280, a buffer that the allocator maps afresh.
-const MERGE_COST: u128 = 24;
-/// The same for a buffer of more than [`MAPPED`] bytes.
-const MERGE_COST_MAPPED: u128 = 150;
-/// From here glibc never keeps a freed buffer (the upper bound of its mmap threshold).
-const MAPPED: u128 = 32 << 20;
+/// Multiply-adds in whose time one element of W + delta is formed while the weight is packed.
+const MERGE_COST: u128 = 4;
 /// Multiply-adds in whose time an element of the chain's results is written, mixed and added.
 const MIX_COST: u128 = 32;
 
@@ -36,18 +32,15 @@ impl Path {
     /// The cheaper path for `rows` rows, a layer of a*c outputs and b*d*area inputs, `area` the kernel's.
     ///
     /// In half precision always the chain: W + delta would be rounded to the weight's type, where a delta under half a unit
-    /// in the last place is lost (2^-11 of the weight in f16), as it is in LyCORIS 3.3 and later. A weight that is stored
-    /// narrower than f32 must be widened for a product with f32 anyway, and merging does both in one pass.
+    /// in the last place is lost (2^-11 of the weight in f16), as it is in LyCORIS 3.3 and later. A weight that is stored narrower
+    /// than f32 is widened line by line anyway; adding delta to the line then costs half.
     pub fn choose(rows: usize, [a, b, c, d]: [usize; 4], area: usize, compute: DType, stored: DType) -> Self {
         if compute != DType::F32 {
             return Self::Factored;
         }
-        if stored != DType::F32 {
-            return Self::Merged;
-        }
         let [rows, a, b, c, d, area] = [rows, a, b, c, d, area].map(|n| n as u128);
         let elements = a * b * c * d * area;
-        let merged = elements * if elements * 4 > MAPPED { MERGE_COST_MAPPED } else { MERGE_COST };
+        let merged = elements * if stored == DType::F32 { MERGE_COST } else { MERGE_COST / 2 };
         let factored = rows * (a.min(b) * c * d * area + (a * c + b * d) * MIX_COST);
         if merged < factored { Self::Merged } else { Self::Factored }
     }
@@ -152,8 +145,14 @@ impl Op {
         Ok(Self { layer, path, scale, weight, w1, w2, sides: [a, b], need: [false; 3] })
     }
 
-    fn merged(&self, compute: DType) -> Result<Tensor> {
-        merge(&self.weight, &self.w1, &self.w2, self.scale)?.to_dtype(compute)
+    /// Runs `f` on W + delta, for inputs like `x`.
+    fn with_merged<T>(&self, x: &Tensor, f: impl FnOnce(Frozen) -> Result<T>) -> Result<T> {
+        if fuses(x) {
+            let (w1, w2) = self.factors(DType::F32)?;
+            return f(Frozen { weight: &self.weight, delta: Some(Delta { w1: &w1, w2: &w2 }) });
+        }
+        let merged = merge(&self.weight, &self.w1, &self.w2, self.scale)?.to_dtype(x.dtype())?;
+        f(Frozen::from(&merged))
     }
 
     /// `scale * w1` and w2 in the type of the computation. The scale goes in before the rounding.
@@ -164,7 +163,7 @@ impl Op {
     fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (layer, [a, b]) = (self.layer, self.sides);
         if self.path == Path::Merged {
-            return layer.forward(x, &self.merged(x.dtype())?, bias);
+            return self.with_merged(x, |weight| layer.forward(x, weight, bias));
         }
         let base = layer.forward(x, &self.weight, bias)?;
         let n = layer.samples(x);
@@ -176,8 +175,7 @@ impl Op {
             let s = mix(&w1, &layer.grouped(x, n, b)?)?;
             layer.forward(&self.as_samples(&s, a, x)?, &w2, None)?
         };
-        let chain = chain.reshape(base.shape())?;
-        base + chain
+        sum(&base, &chain.reshape(base.shape())?)
     }
 
     /// The groups of `s (n, g, rest)` as samples, with the places of `like`.
@@ -229,10 +227,13 @@ impl Op {
             }
         }
         if need_x {
-            let weight = if self.path == Path::Merged { self.merged(x.dtype())? } else { self.weight.clone() };
-            let base = layer.input_grad(&dy, &weight, x.dims())?.reshape(x.shape())?;
+            let base = match self.path {
+                Path::Merged => self.with_merged(x, |weight| layer.input_grad(&dy, weight, x.dims()))?,
+                Path::Factored => layer.input_grad(&dy, &self.weight, x.dims())?,
+            };
+            let base = base.reshape(x.shape())?;
             dx = Some(match dx {
-                Some(chain) => (base + chain.reshape(x.shape())?)?,
+                Some(chain) => sum(&base, &chain.reshape(x.shape())?)?,
                 None => base,
             });
         }

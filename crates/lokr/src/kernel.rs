@@ -5,6 +5,7 @@
 
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor};
 use half::slice::HalfFloatSliceExt;
+use ops::kernel::Frozen;
 use rayon::prelude::*;
 
 /// What is done with a weight: the adapter treats both alike through these few calls.
@@ -22,7 +23,7 @@ pub enum Layer {
 }
 
 impl Layer {
-    pub(crate) fn forward(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    pub(crate) fn forward<'a>(self, x: &Tensor, weight: impl Into<Frozen<'a>>, bias: Option<&Tensor>) -> Result<Tensor> {
         match self {
             Self::Linear => ops::kernel::linear_forward(x, weight, bias),
             Self::Conv2d { stride, padding } => ops::kernel::conv2d_forward(x, weight, bias, stride, padding),
@@ -30,7 +31,7 @@ impl Layer {
     }
 
     /// The gradient of an input whose last dimensions were those of `like`.
-    pub(crate) fn input_grad(self, dy: &Tensor, weight: &Tensor, like: &[usize]) -> Result<Tensor> {
+    pub(crate) fn input_grad<'a>(self, dy: &Tensor, weight: impl Into<Frozen<'a>>, like: &[usize]) -> Result<Tensor> {
         match (self, like) {
             (Self::Conv2d { stride, padding }, [.., h, w]) => ops::kernel::conv2d_input_grad(dy, weight, (*h, *w), stride, padding),
             _ => ops::kernel::linear_input_grad(dy, weight),

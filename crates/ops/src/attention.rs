@@ -1,15 +1,17 @@
 //! Scaled dot-product attention with its own backward, in query chunks: no score matrix is stored, only each row's
 //! log-sum-exp (Dao et al. 2022, FlashAttention, equations of section 3.1).
 
-use crate::gemm::{Dst, Mat, Threads, gemm_into};
+use crate::gemm::{Dst, Product, Threads, kernel};
 use crate::math::{exp, simd};
+use crate::pack::Operand;
 use crate::tape::{Value, custom};
+use crate::tile::Kernel;
 use crate::view::{F32, SharedMut, fast, grain, tensor};
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
 /// Query rows whose scores are in memory at a time, per thread.
-const QUERIES: usize = 64;
+const QUERIES: usize = 112;
 
 /// Sizes of one call: batch, heads, tokens of queries and of keys, features per head.
 #[derive(Clone, Copy)]
@@ -37,14 +39,17 @@ impl Sizes {
     }
 
     /// Head `h` of item `b` of a slice `(n, t, heads * d)`, from token `from` on.
-    fn head<'a>(&self, data: &'a [f32], b: usize, h: usize, t: usize, from: usize) -> Mat<'a> {
-        let inner = self.heads * self.d;
-        Mat { data: &data[(b * t + from) * inner + h * self.d..], rs: inner, cs: 1 }
+    fn head<'a>(&self, data: &'a [f32], b: usize, h: usize, t: usize, from: usize) -> &'a [f32] {
+        &data[(b * t + from) * self.inner() + h * self.d..]
+    }
+
+    fn inner(&self) -> usize {
+        self.heads * self.d
     }
 
     fn place(&self, data: SharedMut, b: usize, h: usize, t: usize, from: usize) -> Dst {
-        let inner = self.heads * self.d;
-        Dst { data, offset: (b * t + from) * inner + h * self.d, rs: inner, cs: 1 }
+        let inner = self.inner();
+        Dst { data, offset: (b * t + from) * inner + h * self.d, rs: inner }
     }
 
     /// Keys that query row `i` sees.
@@ -77,11 +82,20 @@ pub fn attention(q: &Value, k: &Value, v: &Value, heads: usize, causal: bool) ->
     }))
 }
 
+/// A product `(m, n, k)` on this thread.
+///
+/// # Safety
+/// No other thread touches the places of `dst` meanwhile.
+unsafe fn multiply(kernel: Kernel, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, dst: Dst, add: bool, scale: f32) {
+    // SAFETY: the caller's promise.
+    unsafe { Product { m, n, k, a, b, dst, add, scale, kernel }.run(Threads::One) }
+}
+
 #[inline(always)]
 fn row_max(row: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
-    let chunks = row.chunks_exact(16);
-    for (i, v) in chunks.remainder().iter().enumerate() {
+    let (chunks, rest) = row.as_chunks::<16>();
+    for (i, v) in rest.iter().enumerate() {
         lanes[i] = lanes[i].max(*v);
     }
     for v in chunks {
@@ -97,14 +111,14 @@ fn row_max(row: &[f32]) -> f32 {
 fn exp_row(row: &mut [f32]) -> (f32, f32) {
     let max = row_max(row);
     let mut lanes = [0f32; 16];
-    let mut chunks = row.chunks_exact_mut(16);
-    for v in &mut chunks {
+    let (chunks, rest) = row.as_chunks_mut::<16>();
+    for v in chunks {
         for i in 0..16 {
             v[i] = exp(v[i] - max);
             lanes[i] += v[i];
         }
     }
-    for (i, v) in chunks.into_remainder().iter_mut().enumerate() {
+    for (i, v) in rest.iter_mut().enumerate() {
         *v = exp(*v - max);
         lanes[i] += *v;
     }
@@ -118,6 +132,7 @@ fn forward(q: &[f32], k: &[f32], v: &[f32], s: Sizes) -> (Vec<f32>, Vec<f32>) {
     let (out_at, lse_at) = (SharedMut::new(&mut out), SharedMut::new(&mut lse));
     let chunks = s.tq.div_ceil(QUERIES);
     let work = QUERIES.min(s.tq) * s.tk * (s.d / 4 + 4);
+    let kernel = kernel();
     (0..s.n * s.heads * chunks).into_par_iter().with_min_len(grain(work)).for_each_init(
         || vec![0f32; QUERIES * s.tk],
         |scores, task| {
@@ -126,31 +141,35 @@ fn forward(q: &[f32], k: &[f32], v: &[f32], s: Sizes) -> (Vec<f32>, Vec<f32>) {
             let from = chunk * QUERIES;
             let rows = QUERIES.min(s.tq - from);
             let keys = s.seen(from + rows - 1);
-            let local = Dst { data: SharedMut::new(scores), offset: 0, rs: s.tk, cs: 1 };
-            let kt = s.head(k, b, h, s.tk, 0).t();
+            let local = Dst { data: SharedMut::new(scores), offset: 0, rs: s.tk };
+            let inner = s.inner();
+            let (qm, km) = (Operand::rows(s.head(q, b, h, s.tq, from), inner), Operand::rows(s.head(k, b, h, s.tk, 0), inner));
             // SAFETY: `scores` belongs to this task.
-            unsafe { gemm_into(rows, keys, s.d, local, false, s.head(q, b, h, s.tq, from), kt, s.scale(), Threads::One) };
+            unsafe { multiply(kernel, (rows, keys, s.d), qm, km, local, false, s.scale()) };
+            // The sum divides the output, which is shorter than the scores.
+            let mut shares = [0f32; QUERIES];
             // SAFETY: each task writes the log-sum-exps of its own queries.
             let lse = unsafe { lse_at.at(bh * s.tq + from, rows) };
             simd(
                 #[inline(always)]
                 || {
-                    for (i, (row, lse)) in scores.chunks_exact_mut(s.tk).zip(lse.iter_mut()).enumerate() {
+                    for (i, ((row, lse), share)) in scores.chunks_exact_mut(s.tk).zip(lse.iter_mut()).zip(&mut shares).enumerate() {
                         let seen = s.seen(from + i).min(keys);
                         let (sum, max) = exp_row(&mut row[..seen]);
                         row[seen..keys].fill(0.0);
                         *lse = max + sum.ln();
-                        let r = 1.0 / sum;
-                        for v in &mut row[..seen] {
-                            *v *= r;
-                        }
+                        *share = 1.0 / sum;
                     }
                 },
             );
-            let p = Mat::rows(scores, s.tk);
-            let dst = s.place(out_at, b, h, s.tq, from);
+            let (p, vm) = (Operand::rows(scores, s.tk), Operand::columns(s.head(v, b, h, s.tk, 0), inner));
             // SAFETY: each task writes the outputs of its own queries and head.
-            unsafe { gemm_into(rows, s.d, keys, dst, false, p, s.head(v, b, h, s.tk, 0), 1.0, Threads::One) };
+            unsafe { multiply(kernel, (rows, s.d, keys), p, vm, s.place(out_at, b, h, s.tq, from), false, 1.0) };
+            for (i, share) in shares[..rows].iter().enumerate() {
+                // SAFETY: as above; the product has written them.
+                let row = unsafe { out_at.at((b * s.tq + from + i) * inner + h * s.d, s.d) };
+                row.iter_mut().for_each(|v| *v *= share);
+            }
         },
     );
     (out, lse)
@@ -161,6 +180,7 @@ fn backward(q: &[f32], k: &[f32], v: &[f32], out: &[f32], dy: &[f32], lse: &[f32
     let (mut dq, mut dk, mut dv) = (vec![0f32; q.len()], vec![0f32; k.len()], vec![0f32; v.len()]);
     let (dq_at, dk_at, dv_at) = (SharedMut::new(&mut dq), SharedMut::new(&mut dk), SharedMut::new(&mut dv));
     let work = s.tq * s.tk * (s.d / 2 + 8);
+    let (kernel, inner) = (kernel(), s.inner());
     (0..s.n * s.heads).into_par_iter().with_min_len(grain(work)).for_each_init(
         || (vec![0f32; QUERIES * s.tk], vec![0f32; QUERIES * s.tk]),
         |(p, ds), bh| {
@@ -168,13 +188,14 @@ fn backward(q: &[f32], k: &[f32], v: &[f32], out: &[f32], dy: &[f32], lse: &[f32
             for from in (0..s.tq).step_by(QUERIES) {
                 let rows = QUERIES.min(s.tq - from);
                 let keys = s.seen(from + rows - 1);
-                let (qm, dym) = (s.head(q, b, h, s.tq, from), s.head(dy, b, h, s.tq, from));
-                let (km, vm) = (s.head(k, b, h, s.tk, 0), s.head(v, b, h, s.tk, 0));
-                let own = |data: &mut Vec<f32>| Dst { data: SharedMut::new(data), offset: 0, rs: s.tk, cs: 1 };
+                let (qh, dyh) = (s.head(q, b, h, s.tq, from), s.head(dy, b, h, s.tq, from));
+                let (kh, vh) = (s.head(k, b, h, s.tk, 0), s.head(v, b, h, s.tk, 0));
+                let own = |data: &mut Vec<f32>| Dst { data: SharedMut::new(data), offset: 0, rs: s.tk };
+                let scores = (rows, keys, s.d);
                 // SAFETY: `p` and `ds` belong to this task.
                 unsafe {
-                    gemm_into(rows, keys, s.d, own(p), false, qm, km.t(), s.scale(), Threads::One);
-                    gemm_into(rows, keys, s.d, own(ds), false, dym, vm.t(), 1.0, Threads::One);
+                    multiply(kernel, scores, Operand::rows(qh, inner), Operand::rows(kh, inner), own(p), false, s.scale());
+                    multiply(kernel, scores, Operand::rows(dyh, inner), Operand::rows(vh, inner), own(ds), false, 1.0);
                 }
                 simd(
                     #[inline(always)]
@@ -182,7 +203,7 @@ fn backward(q: &[f32], k: &[f32], v: &[f32], out: &[f32], dy: &[f32], lse: &[f32
                         for i in 0..rows {
                             let seen = s.seen(from + i).min(keys);
                             let at = i * s.tk;
-                            let (o, g) = (&out[(b * s.tq + from + i) * s.heads * s.d + h * s.d..][..s.d], &dym.data[i * dym.rs..][..s.d]);
+                            let (o, g) = (&out[(b * s.tq + from + i) * s.heads * s.d + h * s.d..][..s.d], &dyh[i * inner..][..s.d]);
                             let delta: f32 = o.iter().zip(g).map(|(o, g)| o * g).sum();
                             let l = lse[bh * s.tq + from + i];
                             let (p, ds) = (&mut p[at..at + keys], &mut ds[at..at + keys]);
@@ -195,15 +216,17 @@ fn backward(q: &[f32], k: &[f32], v: &[f32], out: &[f32], dy: &[f32], lse: &[f32
                         }
                     },
                 );
-                let (pm, dsm) = (Mat::rows(p, s.tk), Mat::rows(ds, s.tk));
                 let add = from > 0;
                 // SAFETY: this task alone writes head `h` of item `b` of all three gradients.
                 unsafe {
-                    gemm_into(rows, s.d, keys, s.place(dq_at, b, h, s.tq, from), false, dsm, km, s.scale(), Threads::One);
+                    let (dsm, km) = (Operand::rows(ds, s.tk), Operand::columns(kh, inner));
+                    multiply(kernel, (rows, s.d, keys), dsm, km, s.place(dq_at, b, h, s.tq, from), false, s.scale());
                     // With a causal mask later chunks see more keys, whose places are still the zeros of the allocation.
                     let add = add || s.causal;
-                    gemm_into(keys, s.d, rows, s.place(dk_at, b, h, s.tk, 0), add, dsm.t(), qm, s.scale(), Threads::One);
-                    gemm_into(keys, s.d, rows, s.place(dv_at, b, h, s.tk, 0), add, pm.t(), dym, 1.0, Threads::One);
+                    let (dst, pt) = ((keys, s.d, rows), Operand::columns(p, s.tk));
+                    let dst_k = s.place(dk_at, b, h, s.tk, 0);
+                    multiply(kernel, dst, Operand::columns(ds, s.tk), Operand::columns(qh, inner), dst_k, add, s.scale());
+                    multiply(kernel, dst, pt, Operand::columns(dyh, inner), s.place(dv_at, b, h, s.tk, 0), add, 1.0);
                 }
             }
         },

@@ -1,10 +1,12 @@
 //! Shapes, sums and gathers: ops whose backward is as plain as their forward.
 
-use crate::gemm::{Mat, gemm};
+use crate::gemm::gemm;
+use crate::pack::Operand;
 use crate::tape::{Value, custom};
-use crate::view::{F32, fast, grain, tensor};
+use crate::view::{F32, build, fast, grain, tensor};
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Elements that one task of an elementwise loop takes: large enough to hide the hand-over, small enough to share.
 pub(crate) const CHUNK: usize = 1 << 15;
@@ -14,21 +16,29 @@ pub(crate) const CHUNK: usize = 1 << 15;
 /// # Errors
 /// If shapes or types differ.
 pub fn add(x: &Value, y: &Value) -> Result<Value> {
-    let (a, b) = (x.tensor(), y.tensor());
-    let out = if fast(a) && fast(b) && a.dims() == b.dims() {
-        let (a, b) = (a.contiguous()?, b.contiguous()?);
-        let (av, bv) = (F32::new(&a)?, F32::new(&b)?);
-        let mut out = vec![0f32; av.len()];
+    let out = sum(x.tensor(), y.tensor())?;
+    Ok(custom("add", &[x, y], out, |dy| Ok(vec![Some(dy.clone()), Some(dy.clone())])))
+}
+
+/// `a + b` of plain tensors of equal shapes.
+///
+/// # Errors
+/// If shapes or types differ.
+pub fn sum(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if !fast(a) || !fast(b) || a.dims() != b.dims() {
+        return a + b;
+    }
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    let (av, bv) = (F32::new(&a)?, F32::new(&b)?);
+    let write = |out: &mut [MaybeUninit<f32>]| {
         out.par_chunks_mut(CHUNK).zip(av.par_chunks(CHUNK)).zip(bv.par_chunks(CHUNK)).for_each(|((o, a), b)| {
             for ((o, a), b) in o.iter_mut().zip(a).zip(b) {
-                *o = a + b;
+                o.write(a + b);
             }
         });
-        tensor(out, a.dims())?
-    } else {
-        (a + b)?
     };
-    Ok(custom("add", &[x, y], out, |dy| Ok(vec![Some(dy.clone()), Some(dy.clone())])))
+    // SAFETY: both have the length of the result.
+    tensor(unsafe { build(av.len(), write) }, a.dims())
 }
 
 /// `x (n, c, h, w) + e (n, c)` on every pixel.
@@ -37,7 +47,20 @@ pub fn add(x: &Value, y: &Value) -> Result<Value> {
 /// If shapes or types do not fit.
 pub fn add_bias_nc(x: &Value, e: &Value) -> Result<Value> {
     let (n, c) = e.tensor().dims2()?;
-    let out = x.tensor().broadcast_add(&e.tensor().reshape((n, c, 1, 1))?)?;
+    let plane = x.tensor().elem_count() / (n * c).max(1);
+    let out = if fast(x.tensor()) && fast(e.tensor()) && x.dims().get(..2) == Some(&[n, c]) && plane > 0 {
+        let (x, e) = (x.tensor().contiguous()?, e.tensor().contiguous()?);
+        let (xv, ev) = (F32::new(&x)?, F32::new(&e)?);
+        let mut out = vec![0f32; xv.len()];
+        out.par_chunks_mut(plane).zip(xv.par_chunks(plane)).zip(ev.par_iter()).with_min_len(grain(plane)).for_each(|((o, x), e)| {
+            for (o, x) in o.iter_mut().zip(x) {
+                *o = x + e;
+            }
+        });
+        tensor(out, x.dims())?
+    } else {
+        x.tensor().broadcast_add(&e.tensor().reshape((n, c, 1, 1))?)?
+    };
     let need_e = e.requires_grad();
     Ok(custom("add_bias_nc", &[x, e], out, move |dy| {
         let de = if need_e { Some(dy.flatten_from(2)?.sum(D::Minus1)?) } else { None };
@@ -86,10 +109,9 @@ pub fn product(a: &Tensor, a_t: bool, b: &Tensor, b_t: bool) -> Result<Tensor> {
         candle_core::bail!("product of {:?} and {:?}, transposed {a_t} and {b_t}", a.dims(), b.dims());
     }
     let (av, bv) = (F32::new(a)?, F32::new(b)?);
-    let (am, bm) = (Mat::rows(&av, ac), Mat::rows(&bv, bc));
-    let mut out = vec![0f32; m * n];
-    gemm(m, n, k, &mut out, false, if a_t { am.t() } else { am }, if b_t { bm.t() } else { bm });
-    tensor(out, (m, n))
+    let am = if a_t { Operand::columns(&av, ac) } else { Operand::rows(&av, ac) };
+    let bm = if b_t { Operand::rows(&bv, bc) } else { Operand::columns(&bv, bc) };
+    tensor(gemm(m, n, k, am, bm), (m, n))
 }
 
 /// The same elements in another shape.

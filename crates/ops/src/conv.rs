@@ -1,15 +1,22 @@
-//! The frozen 2-d convolution. On the CPU each task gathers a tile of patches that stays in cache and multiplies it by
-//! the kernel; the input gradient is a convolution with the flipped, transposed kernel.
+//! The frozen 2-d convolution. On the CPU a matrix product whose right operand, the patches, is gathered while it is packed; the
+//! input gradient is a product with the transposed kernel, whose columns are added to their places while they are in cache.
+//! Elsewhere the input gradient is a convolution with the flipped, transposed kernel.
 
-use crate::gemm::{Dst, Mat, Threads, gemm, gemm_into};
-use crate::linear::widen;
+use crate::gemm::{Dst, Product, Threads, gemm, kernel};
+use crate::linear::{stored, widen};
+use crate::pack::Operand;
 use crate::tape::{Value, custom};
 use crate::view::{F32, SharedMut, fast, grain, tensor};
+use crate::weight::{Frozen, Held};
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-/// Output pixels of one tile. Fixed by the shape alone, so that results do not depend on the number of threads.
-const TILE: usize = 256;
+/// Pixels of the output, and columns (channels times the kernel's area), that the backward pass takes at a time: their products
+/// stay in the second cache until they are added up.
+const BACK_PIXELS: usize = 256;
+const BACK_COLUMNS: usize = 216;
+/// Multiply-adds from which all threads share one image; smaller ones are dealt whole.
+const SHARED: usize = 1 << 23;
 
 /// Sizes of one convolution.
 #[derive(Clone, Copy)]
@@ -49,118 +56,175 @@ impl Geometry {
         self.oh * self.ow
     }
 
-    /// Writes the patches of output pixels `from..from + len` of one image: row (c, kh, kw), column pixel.
-    fn patches(&self, x: &[f32], from: usize, len: usize, out: &mut [f32]) {
-        let mut rows = out.chunks_exact_mut(len);
-        for plane in x.chunks_exact(self.h * self.w) {
-            for ky in 0..self.kh {
-                for kx in 0..self.kw {
-                    let Some(row) = rows.next() else { return };
-                    self.patch_row(plane, ky, kx, from, row);
-                }
+    /// Height and width with the zeros around.
+    fn padded(&self) -> (usize, usize) {
+        (self.h + 2 * self.padding, self.w + 2 * self.padding)
+    }
+
+    /// All planes with zeros around them; `None` if there are none to add.
+    fn pad(&self, x: &[f32]) -> Option<Vec<f32>> {
+        if self.padding == 0 {
+            return None;
+        }
+        let (ph, pw) = self.padded();
+        let mut out = vec![0f32; self.n * self.c * ph * pw];
+        out.par_chunks_mut(ph * pw).zip(x.par_chunks(self.h * self.w)).with_min_len(grain(ph * pw)).for_each(|(to, from)| {
+            for (to, from) in to.chunks_exact_mut(pw).skip(self.padding).zip(from.chunks_exact(self.w)) {
+                to[self.padding..][..self.w].copy_from_slice(from);
             }
+        });
+        Some(out)
+    }
+
+    /// Line `(c, kh, kw)` of the patch matrix of one padded image: its input pixel for each output pixel from `from` on.
+    fn patch_line(&self, image: &[f32], line: usize, from: usize, out: &mut [f32]) {
+        let (ph, pw) = self.padded();
+        let (ci, tap) = (line / (self.kh * self.kw), line % (self.kh * self.kw));
+        let (ky, kx) = (tap / self.kw, tap % self.kw);
+        let plane = &image[ci * ph * pw..][..ph * pw];
+        let (mut oy, mut ox, mut done) = (from / self.ow, from % self.ow, 0);
+        while done < out.len() {
+            let run = (self.ow - ox).min(out.len() - done);
+            let line = &plane[(oy * self.stride + ky) * pw + ox * self.stride + kx..];
+            let to = &mut out[done..done + run];
+            if self.stride > 1 {
+                to.iter_mut().zip(line.iter().step_by(self.stride)).for_each(|(t, f)| *t = *f);
+            } else {
+                copy(&line[..run], to);
+            }
+            (oy, ox, done) = (oy + 1, 0, done + run);
         }
     }
 
-    fn patch_row(&self, plane: &[f32], ky: usize, kx: usize, from: usize, row: &mut [f32]) {
-        let mut done = 0;
-        while done < row.len() {
-            let (oy, ox) = ((from + done) / self.ow, (from + done) % self.ow);
-            let run = (self.ow - ox).min(row.len() - done);
-            let segment = &mut row[done..done + run];
-            done += run;
+    /// Adds line `(kh, kw)` of a gradient by patches to its places in a plane of the input's gradient.
+    fn add_back(&self, line: &[f32], (ky, kx): (usize, usize), from: usize, plane: &mut [f32]) {
+        let (mut oy, mut ox, mut done) = (from / self.ow, from % self.ow, 0);
+        while done < line.len() {
+            let run = (self.ow - ox).min(line.len() - done);
             let y = (oy * self.stride + ky).wrapping_sub(self.padding);
-            if y >= self.h {
-                segment.fill(0.0);
-                continue;
-            }
-            let line = &plane[y * self.w..(y + 1) * self.w];
-            if self.stride == 1 {
-                // Output column ox reads input column ox + kx - padding.
-                let first = ox + kx;
-                let lead = self.padding.saturating_sub(first).min(run);
-                let start = (first + lead).saturating_sub(self.padding).min(self.w);
-                let inside = (self.w - start).min(run - lead);
-                segment[..lead].fill(0.0);
-                segment[lead..lead + inside].copy_from_slice(&line[start..start + inside]);
-                segment[lead + inside..].fill(0.0);
-            } else {
-                for (i, v) in segment.iter_mut().enumerate() {
-                    let x = ((ox + i) * self.stride + kx).wrapping_sub(self.padding);
-                    *v = line.get(x).copied().unwrap_or(0.0);
+            if y < self.h {
+                let row = &mut plane[y * self.w..][..self.w];
+                // Columns ox.. of the output whose input column ox * stride + kx - padding lies inside.
+                let skip = self.padding.saturating_sub(ox * self.stride + kx).div_ceil(self.stride).min(run);
+                let first = ((ox + skip) * self.stride + kx).wrapping_sub(self.padding);
+                if skip < run && first < self.w {
+                    let from = &line[done + skip..done + run];
+                    if self.stride == 1 {
+                        row[first..].iter_mut().zip(from).for_each(|(r, v)| *r += v);
+                    } else {
+                        row[first..].iter_mut().step_by(self.stride).zip(from).for_each(|(r, v)| *r += v);
+                    }
                 }
             }
+            (oy, ox, done) = (oy + 1, 0, done + run);
         }
     }
 }
 
-/// Convolution `x (n, c, h, w)` with `weight (o, c, kh, kw)`, bias `(o)`: `(n, o, oh, ow)`.
+/// Short copies without a call: lines of a small picture are 8 or 16 pixels.
+#[inline(always)]
+fn copy(from: &[f32], to: &mut [f32]) {
+    let (f, f_rest) = from.as_chunks::<8>();
+    let (t, t_rest) = to.as_chunks_mut::<8>();
+    t.iter_mut().zip(f).for_each(|(t, f)| *t = *f);
+    t_rest.iter_mut().zip(f_rest).for_each(|(t, f)| *t = *f);
+}
+
+/// Convolution `x (n, c, h, w)` with `weight (o, c, kh, kw)`, bias `(o)`: `(n, o, oh, ow)`. A delta is added to the weight on the
+/// way (f32 on the CPU only).
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn conv2d_forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+pub fn conv2d_forward<'a>(
+    x: &Tensor,
+    weight: impl Into<Frozen<'a>>,
+    bias: Option<&Tensor>,
+    stride: usize,
+    padding: usize,
+) -> Result<Tensor> {
+    let Frozen { weight, delta } = weight.into();
     let (o, c, kh, kw) = weight.dims4()?;
     let dims = x.dims4()?;
     if dims.1 != c {
         candle_core::bail!("conv2d: input {:?}, weight {:?}", x.dims(), weight.dims());
     }
     let g = Geometry::new(dims, (kh, kw), stride, padding)?;
-    let weight = widen(weight, x.dtype())?;
     let bias = bias.map(|b| widen(b, x.dtype())).transpose()?;
     let x = x.contiguous()?;
     if !fast(&x) {
-        let y = x.conv2d(&weight, padding, stride, 1, 1)?;
+        let y = x.conv2d(&widen(weight, x.dtype())?, padding, stride, 1, 1)?;
         return match bias {
             Some(b) => y.broadcast_add(&b.reshape((1, o, 1, 1))?),
             None => Ok(y),
         };
     }
-    let (xv, wv) = (F32::new(&x)?, F32::new(&weight)?);
-    let mut y = vec![0f32; g.n * o * g.pixels()];
+    let weight = stored(weight)?;
+    let held = Held::new(&Frozen { weight: &weight, delta })?;
+    let (xv, lines) = (F32::new(&x)?, held.lines()?);
+    let (pixels, depth) = (g.pixels(), g.depth());
+    let fill = |r: usize, from: usize, to: &mut [f32]| lines.fill(r, from, to);
+    let a = lines.plain().map_or(Operand::AlongK(&fill), |w| Operand::rows(w, depth));
+    let mut y = Vec::new();
+    let out = SharedMut::for_vec(&mut y, g.n * o * pixels);
     if let Some(b) = &bias {
         let b = F32::new(b)?;
-        y.par_chunks_mut(g.pixels().max(1)).enumerate().with_min_len(grain(g.pixels())).for_each(|(i, plane)| plane.fill(b[i % o]));
+        // SAFETY: each task writes its own plane, whose memory is there.
+        (0..g.n * o).into_par_iter().with_min_len(grain(pixels)).for_each(|i| unsafe { out.fill(i * pixels, pixels, b[i % o]) });
     }
-    convolve(&xv, &wv, o, g, &mut y, bias.is_some());
+    let padded = g.pad(&xv);
+    let x = padded.as_deref().unwrap_or(&xv);
+    let image = x.len() / g.n.max(1);
+    let kernel = kernel();
+    let one = |i: usize, threads: Threads| {
+        let x = &x[i * image..][..image];
+        let patches = |line: usize, from: usize, to: &mut [f32]| g.patch_line(x, line, from, to);
+        let b = if g.pointwise() { Operand::columns(x, pixels) } else { Operand::Across(&patches) };
+        let dst = Dst { data: out, offset: i * o * pixels, rs: pixels };
+        let product = Product { m: o, n: pixels, k: depth, a, b, dst, add: bias.is_some(), scale: 1.0, kernel };
+        // SAFETY: each image has its own places.
+        unsafe { product.run(threads) }
+    };
+    each_image(g.n, o * pixels * depth, one);
+    // SAFETY: the products have written every element.
+    unsafe { y.set_len(g.n * o * pixels) };
     tensor(y, (g.n, o, g.oh, g.ow))
 }
 
-fn convolve(x: &[f32], weight: &[f32], o: usize, g: Geometry, y: &mut [f32], add: bool) {
-    let (pixels, depth, image) = (g.pixels(), g.depth(), g.c * g.h * g.w);
-    let tiles = pixels.div_ceil(TILE);
-    let w = Mat::rows(weight, depth);
-    if g.pointwise() && g.n * tiles < 2 {
-        return gemm(o, pixels, depth, y, add, w, Mat::rows(x, pixels));
+/// Large images one after the other on all threads; small ones beside each other.
+fn each_image(n: usize, work: usize, one: impl Fn(usize, Threads) + Sync) {
+    if n == 1 || work >= SHARED {
+        (0..n).for_each(|i| one(i, Threads::All));
+    } else {
+        (0..n).into_par_iter().with_min_len(grain(work / 16)).for_each(|i| one(i, Threads::One));
     }
-    let out = SharedMut::new(y);
-    let work = depth * pixels.min(TILE) * (o / 16 + 1);
-    (0..g.n * tiles).into_par_iter().with_min_len(grain(work)).for_each_init(Vec::new, |patches: &mut Vec<f32>, task| {
-        let (i, from) = (task / tiles, task % tiles * TILE);
-        let len = TILE.min(pixels - from);
-        let x = &x[i * image..(i + 1) * image];
-        let dst = Dst { data: out, offset: i * o * pixels + from, rs: pixels, cs: 1 };
-        let b = if g.pointwise() {
-            Mat { data: &x[from..], rs: pixels, cs: 1 }
-        } else {
-            patches.resize(depth * len, 0.0);
-            g.patches(x, from, len, patches);
-            Mat::rows(patches, len)
-        };
-        // SAFETY: each task writes the pixels of its own tile.
-        unsafe { gemm_into(o, len, depth, dst, add, w, b, 1.0, Threads::One) };
-    });
 }
 
-/// The gradient of the input `(n, c, h, w)` from `dy (n, o, oh, ow)`: for stride 1 the convolution of `dy` with the
-/// flipped kernel, its first two dimensions swapped; for larger strides the same on `dy` with zeros between its pixels.
+/// The gradient of the input `(n, c, h, w)` from `dy (n, o, oh, ow)`. On the CPU by products with the kernel's transpose; elsewhere
+/// for stride 1 the convolution of `dy` with the flipped kernel, its first two dimensions swapped, and for larger strides the
+/// same on `dy` with zeros between its pixels. A delta is added to the weight on the way (f32 on the CPU only).
 ///
 /// # Errors
 /// If shapes do not fit, or the padding exceeds the kernel's reach.
-pub fn conv2d_input_grad(dy: &Tensor, weight: &Tensor, size: (usize, usize), stride: usize, padding: usize) -> Result<Tensor> {
-    let (o, _c, kh, kw) = weight.dims4()?;
+pub fn conv2d_input_grad<'a>(
+    dy: &Tensor,
+    weight: impl Into<Frozen<'a>>,
+    size: (usize, usize),
+    stride: usize,
+    padding: usize,
+) -> Result<Tensor> {
+    let Frozen { weight, delta } = weight.into();
+    let (o, c, kh, kw) = weight.dims4()?;
     let (n, od, oh, ow) = dy.dims4()?;
     if od != o || kh != kw || padding >= kh {
         candle_core::bail!("conv2d backward: gradient {:?}, weight {:?}, padding {padding}", dy.dims(), weight.dims());
+    }
+    if fast(dy) {
+        let g = Geometry::new((n, c, size.0, size.1), (kh, kw), stride, padding)?;
+        if (g.oh, g.ow) != (oh, ow) {
+            candle_core::bail!("conv2d backward: gradient {:?} for an input of {size:?}", dy.dims());
+        }
+        let weight = stored(weight)?;
+        return input_grad(&dy.contiguous()?, &Frozen { weight: &weight, delta }, o, g);
     }
     let flipped = flip(&widen(weight, dy.dtype())?)?;
     if stride == 1 {
@@ -186,30 +250,68 @@ pub fn conv2d_input_grad(dy: &Tensor, weight: &Tensor, size: (usize, usize), str
     conv2d_forward(&wide, &flipped, None, 1, kh - 1 - padding)
 }
 
+fn input_grad(dy: &Tensor, frozen: &Frozen, o: usize, g: Geometry) -> Result<Tensor> {
+    let held = Held::new(frozen)?;
+    let (dyv, lines) = (F32::new(dy)?, held.lines()?);
+    let (pixels, plane, taps, depth) = (g.pixels(), g.h * g.w, g.kh * g.kw, g.depth());
+    let kernel = kernel();
+    let mut dx = Vec::new();
+    let out = SharedMut::for_vec(&mut dx, g.n * g.c * plane);
+    // The gradient by patches of channels from `first` on, for pixels from `from` on.
+    let product = |i: usize, first: usize, channels: usize, from: usize, len: usize, dst: Dst, threads: Threads| {
+        let at = first * taps;
+        let fill = |k: usize, i: usize, to: &mut [f32]| lines.fill(k, at + i, to);
+        let a = lines.plain().map_or(Operand::Across(&fill), |w| Operand::columns(&w[at..], depth));
+        let b = Operand::columns(&dyv[i * o * pixels + from..], pixels);
+        // SAFETY: the callers give each product its own places.
+        unsafe { Product { m: channels * taps, n: len, k: o, a, b, dst, add: false, scale: 1.0, kernel }.run(threads) }
+    };
+    if g.pointwise() {
+        let dst = |i: usize| Dst { data: out, offset: i * g.c * plane, rs: plane };
+        each_image(g.n, g.c * pixels * o, |i, threads| product(i, 0, g.c, 0, pixels, dst(i), threads));
+    } else {
+        // As many groups of channels as give every thread the same number; what they hold does not change the result.
+        let threads = rayon::current_num_threads();
+        let most = (BACK_COLUMNS / taps).max(1);
+        let rounds = (g.n * g.c).div_ceil(most * threads).max(1);
+        let channels = (g.n * g.c).div_ceil(rounds * threads).clamp(1, most);
+        let groups = g.c.div_ceil(channels);
+        (0..g.n * groups).into_par_iter().with_min_len(grain(channels * depth * pixels / 16)).for_each_init(Vec::new, |columns, task| {
+            let (i, first) = (task / groups, task % groups * channels);
+            let channels = channels.min(g.c - first);
+            // SAFETY: each task writes its own planes, whose memory is there.
+            let planes = unsafe {
+                out.fill((i * g.c + first) * plane, channels * plane, 0.0);
+                out.at((i * g.c + first) * plane, channels * plane)
+            };
+            for from in (0..pixels).step_by(BACK_PIXELS) {
+                let len = BACK_PIXELS.min(pixels - from);
+                columns.resize((channels * taps * len).max(columns.len()), 0.0);
+                let dst = Dst { data: SharedMut::new(columns), offset: 0, rs: len };
+                product(i, first, channels, from, len, dst, Threads::One);
+                for (plane, lines) in planes.chunks_exact_mut(plane).zip(columns.chunks_exact(taps * len)) {
+                    for (tap, line) in lines.chunks_exact(len).enumerate() {
+                        g.add_back(line, (tap / g.kw, tap % g.kw), from, plane);
+                    }
+                }
+            }
+        });
+    }
+    // SAFETY: every element was written, in products or by the zeros that sums start from.
+    unsafe { dx.set_len(g.n * g.c * plane) };
+    tensor(dx, (g.n, g.c, g.h, g.w))
+}
+
 /// `(o, c, kh, kw)` to `(c, o, kh, kw)` with both kernel axes reversed.
 fn flip(weight: &Tensor) -> Result<Tensor> {
     let (o, c, kh, kw) = weight.dims4()?;
-    if !fast(weight) {
-        let swapped = weight.transpose(0, 1)?.contiguous()?;
-        if kh * kw == 1 {
-            return Ok(swapped);
-        }
-        let last = (kh * kw) as u32;
-        let order = Tensor::from_vec((0..last).rev().collect::<Vec<_>>(), kh * kw, weight.device())?;
-        return swapped.reshape((c, o, kh * kw))?.index_select(&order, 2)?.reshape((c, o, kh, kw));
+    let swapped = weight.transpose(0, 1)?.contiguous()?;
+    if kh * kw == 1 {
+        return Ok(swapped);
     }
-    let w = F32::new(weight)?;
-    let taps = kh * kw;
-    let mut out = vec![0f32; w.len()];
-    out.par_chunks_mut((o * taps).max(1)).enumerate().with_min_len(grain(o * taps)).for_each(|(ci, row)| {
-        for (oi, to) in row.chunks_exact_mut(taps).enumerate() {
-            let from = &w[(oi * c + ci) * taps..][..taps];
-            for (t, f) in to.iter_mut().zip(from.iter().rev()) {
-                *t = *f;
-            }
-        }
-    });
-    tensor(out, (c, o, kh, kw))
+    let last = (kh * kw) as u32;
+    let order = Tensor::from_vec((0..last).rev().collect::<Vec<_>>(), kh * kw, weight.device())?;
+    swapped.reshape((c, o, kh * kw))?.index_select(&order, 2)?.reshape((c, o, kh, kw))
 }
 
 /// The gradient of the kernel `(o, c, kh, kw)` from `x (n, c, h, w)` and `dy (n, o, oh, ow)`. For trained kernels only:
@@ -231,42 +333,27 @@ pub fn conv2d_weight_grad(x: &Tensor, dy: &Tensor, kernel: (usize, usize), strid
         return dw.narrow(2, 0, kernel.0)?.narrow(3, 0, kernel.1)?.transpose(0, 1)?.contiguous()?.reshape(shape);
     }
     let (xv, dyv) = (F32::new(&x)?, F32::new(&dy)?);
-    let (pixels, depth, image) = (g.pixels(), g.depth(), g.c * g.h * g.w);
-    let tiles = pixels.div_ceil(TILE);
-    let tasks = g.n * tiles;
-    // A fixed number of partial sums, added up in order: the result does not depend on the number of threads.
-    let shares = tasks.min(4);
-    let partial: Vec<Vec<f32>> = (0..shares)
-        .into_par_iter()
-        .with_min_len(grain(tasks / shares.max(1) * depth * pixels.min(TILE) * (o / 16 + 1)))
-        .map(|share| {
-            let mut sum = vec![0f32; o * depth];
-            let mut patches = Vec::new();
-            for (k, task) in (share * tasks / shares..(share + 1) * tasks / shares).enumerate() {
-                let (i, from) = (task / tiles, task % tiles * TILE);
-                let len = TILE.min(pixels - from);
-                let x = &xv[i * image..(i + 1) * image];
-                let b = if g.pointwise() {
-                    Mat { data: &x[from..], rs: pixels, cs: 1 }
-                } else {
-                    patches.resize(depth * len, 0.0);
-                    g.patches(x, from, len, &mut patches);
-                    Mat::rows(&patches, len)
-                };
-                let a = Mat { data: &dyv[i * o * pixels + from..], rs: pixels, cs: 1 };
-                let dst = Dst { data: SharedMut::new(&mut sum), offset: 0, rs: depth, cs: 1 };
-                // SAFETY: `sum` belongs to this task.
-                unsafe { gemm_into(o, depth, len, dst, k > 0, a, b.t(), 1.0, Threads::One) };
-            }
-            sum
-        })
-        .collect();
-    let mut partial = partial.into_iter();
-    let mut total = partial.next().unwrap_or_else(|| vec![0f32; o * depth]);
-    for p in partial {
-        total.iter_mut().zip(p).for_each(|(t, v)| *t += v);
-    }
-    tensor(total, shape)
+    let (pixels, depth) = (g.pixels(), g.depth());
+    let padded = g.pad(&xv);
+    let x = padded.as_deref().unwrap_or(&xv);
+    let image = x.len() / g.n.max(1);
+    // All images' pixels are summed over in one product. A line goes on in the next image.
+    let over_images = |from: usize, out: &mut [f32], one: &dyn Fn(usize, usize, &mut [f32])| {
+        let (mut i, mut at, mut done) = (from / pixels, from % pixels, 0);
+        while done < out.len() {
+            let run = (pixels - at).min(out.len() - done);
+            one(i, at, &mut out[done..done + run]);
+            (i, at, done) = (i + 1, 0, done + run);
+        }
+    };
+    let dy_line = |r: usize, from: usize, out: &mut [f32]| {
+        over_images(from, out, &|i, at, out| out.copy_from_slice(&dyv[(i * o + r) * pixels + at..][..out.len()]));
+    };
+    let x_line = |line: usize, from: usize, out: &mut [f32]| {
+        over_images(from, out, &|i, at, out| g.patch_line(&x[i * image..][..image], line, at, out));
+    };
+    let dw = gemm(o, depth, g.n * pixels, Operand::AlongK(&dy_line), Operand::AlongK(&x_line));
+    tensor(dw, shape)
 }
 
 /// A frozen convolution. The weight may be stored narrower than the input's type; it is widened for the call only.

@@ -1,39 +1,28 @@
-//! Matrix products on slices with any strides, by the crate `gemm`.
+//! Matrix products: blocks that fit the caches, packed and handed to the micro-kernels of `tile.rs`. Operands may be computed
+//! while they are packed: patches of a picture, or a weight that is widened and has its adapter added on the way.
+//!
+//! # Determinism
+//! Each element is summed along k in one order, in blocks whose size is fixed: the result does not depend on how the work is
+//! dealt to threads. It does depend on the CPU's instructions.
 
+use crate::pack::{Operand, SLACK, column_strips, pack, row_strips};
+use crate::tile::{Kernel, Tile, has_bf16, tile};
 use crate::view::SharedMut;
-use gemm::Parallelism;
+use rayon::prelude::*;
+use std::cell::{Cell, RefCell};
 
-/// A matrix operand: elements and the strides of rows and columns.
-#[derive(Clone, Copy)]
-pub(crate) struct Mat<'a> {
-    pub data: &'a [f32],
-    pub rs: usize,
-    pub cs: usize,
-}
+/// Steps along k in a block: a strip of columns is then 32 KiB, the first cache.
+const KC: usize = 256;
+/// Columns and rows of a block, so that both packed operands fit the second cache (1 MiB).
+const NC: usize = 384;
+const MC: usize = 196;
 
-impl<'a> Mat<'a> {
-    /// Row-major with `cols` columns.
-    pub(crate) fn rows(data: &'a [f32], cols: usize) -> Self {
-        Self { data, rs: cols, cs: 1 }
-    }
-
-    /// The transpose.
-    pub(crate) fn t(self) -> Self {
-        Self { data: self.data, rs: self.cs, cs: self.rs }
-    }
-
-    fn check(&self, m: usize, n: usize) {
-        assert!(m == 0 || n == 0 || (m - 1) * self.rs + (n - 1) * self.cs < self.data.len());
-    }
-}
-
-/// Where a product goes: places `offset + i*rs + j*cs` of a shared slice.
+/// Where a product goes: places `offset + i * rs + j` of a shared slice.
 #[derive(Clone, Copy)]
 pub(crate) struct Dst {
     pub data: SharedMut,
     pub offset: usize,
     pub rs: usize,
-    pub cs: usize,
 }
 
 /// One thread, for use inside parallel loops; or all of them.
@@ -43,54 +32,254 @@ pub(crate) enum Threads {
     All,
 }
 
-/// `dst (m, n) = [dst +] scale * a (m, k) * b (k, n)`.
-///
-/// # Safety
-/// No other thread touches the places of `dst` meanwhile.
-#[allow(clippy::too_many_arguments)]
-pub(crate) unsafe fn gemm_into(m: usize, n: usize, k: usize, dst: Dst, add: bool, a: Mat, b: Mat, scale: f32, threads: Threads) {
-    if m == 0 || n == 0 {
-        return;
+thread_local! {
+    static BF16: Cell<bool> = const { Cell::new(false) };
+    static BUFFERS: RefCell<Buffers> = const { RefCell::new(Buffers { packed: Vec::new(), scratch: Vec::new() }) };
+}
+
+struct Buffers {
+    packed: Vec<f32>,
+    scratch: Vec<f32>,
+}
+
+/// Runs `f` with the operands of matrix products, convolutions and attention rounded to bf16 where this CPU multiplies it (sums
+/// stay f32), or, if `on` is false or it does not, in f32 as ever. Holds for what `f` calls on this thread.
+pub fn with_bf16<R>(on: bool, f: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            BF16.set(self.0);
+        }
     }
-    a.check(m, k);
-    b.check(k, n);
-    let ptr = dst.data.ptr(dst.offset, (m - 1) * dst.rs + (n - 1) * dst.cs + 1);
-    // Below this many multiply-adds, waking another thread costs more than it gives.
-    let small = m * n * k < 1 << 19;
-    let parallelism = match threads {
-        Threads::All if !small => Parallelism::Rayon(0),
-        _ => Parallelism::None,
-    };
-    // SAFETY: all three operands lie inside their slices by the checks above; `dst` is exclusive by the caller's promise
-    // and cannot overlap `a` or `b`, which are shared borrows.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            ptr,
-            dst.cs as isize,
-            dst.rs as isize,
-            add,
-            a.data.as_ptr(),
-            a.cs as isize,
-            a.rs as isize,
-            b.data.as_ptr(),
-            b.cs as isize,
-            b.rs as isize,
-            1.0,
-            scale,
-            false,
-            false,
-            false,
-            parallelism,
-        );
+    let _restore = Restore(BF16.replace(on && has_bf16()));
+    f()
+}
+
+/// The micro-kernel that the calling thread's products take. Parallel loops ask before they start.
+pub(crate) fn kernel() -> Kernel {
+    #[cfg(target_arch = "x86_64")]
+    if BF16.get() {
+        return Kernel::Avx512Bf16;
+    }
+    Kernel::f32()
+}
+
+/// `dst (m, n) = [dst +] scale * a (m, k) * b (k, n)`.
+#[derive(Clone, Copy)]
+pub(crate) struct Product<'a> {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub a: Operand<'a>,
+    pub b: Operand<'a>,
+    pub dst: Dst,
+    pub add: bool,
+    pub scale: f32,
+    pub kernel: Kernel,
+}
+
+impl Product<'_> {
+    /// Computes it.
+    ///
+    /// # Safety
+    /// No other thread touches the places of `dst` meanwhile.
+    pub(crate) unsafe fn run(&self, threads: Threads) {
+        let tasks = self.tasks(threads);
+        if let [(m, n)] = tasks[..] {
+            // SAFETY: the caller's promise.
+            return unsafe { self.part(m, n) };
+        }
+        // SAFETY: the parts are disjoint.
+        tasks.into_par_iter().with_max_len(1).for_each(|(m, n)| unsafe { self.part(m, n) });
+    }
+
+    /// Ranges of rows and columns for threads to take, whole tiles each.
+    pub(crate) fn tasks(&self, threads: Threads) -> Vec<((usize, usize), (usize, usize))> {
+        if self.m == 0 || self.n == 0 {
+            return Vec::new();
+        }
+        let work = self.m * self.n * self.k;
+        // Below a thread's share of 2^18 multiply-adds, waking it costs more than it gives.
+        let most = match threads {
+            Threads::One => 1,
+            Threads::All => (work >> 18).clamp(1, rayon::current_num_threads() * if work > 1 << 26 { 2 } else { 1 }),
+        };
+        let (rows, columns) = (self.m.div_ceil(self.kernel.rows()), self.n.div_ceil(self.kernel.lanes()));
+        // Each part packs its own operands: of all ways to deal, the one that packs least.
+        let ways = (1..=most).map(|pm| (pm.min(rows), (most / pm).clamp(1, columns)));
+        let cost = |&(pm, pn): &(usize, usize)| {
+            let uneven = rows.div_ceil(pm) * columns.div_ceil(pn) * self.kernel.rows() * self.kernel.lanes();
+            uneven * 16 + (self.m.div_ceil(pm) + self.n.div_ceil(pn)) * 80
+        };
+        let (pm, pn) = ways.min_by_key(cost).unwrap_or((1, 1));
+        let cut = |len: usize, unit: usize, units: usize, parts: usize, p: usize| {
+            ((units * p / parts * unit).min(len), (units * (p + 1) / parts * unit).min(len))
+        };
+        let deal = |p: usize| {
+            let (i, j) = (p % pm, p / pm);
+            (cut(self.m, self.kernel.rows(), rows, pm, i), cut(self.n, self.kernel.lanes(), columns, pn, j))
+        };
+        (0..pm * pn).map(deal).filter(|((a, b), (c, d))| a < b && c < d).collect()
+    }
+
+    /// The part of the result in `rows` and `columns` (start, end).
+    ///
+    /// # Safety
+    /// No other thread touches these places of `dst` meanwhile.
+    pub(crate) unsafe fn part(&self, rows: (usize, usize), columns: (usize, usize)) {
+        let (kernel, k) = (self.kernel, self.k);
+        self.a.check(self.m, k);
+        self.b.check(self.n, k);
+        let last = (self.m - 1) * self.dst.rs + self.n;
+        let c = self.dst.data.ptr(self.dst.offset, last);
+        let (mc, nc, kc) = ((rows.1 - rows.0).min(MC), (columns.1 - columns.0).min(NC), k.clamp(1, KC));
+        BUFFERS.with_borrow_mut(|Buffers { packed, scratch }| {
+            let (a_len, b_len) =
+                (kc.next_multiple_of(2) * mc + SLACK, kc.next_multiple_of(2) * nc.next_multiple_of(kernel.lanes()) + SLACK);
+            let wants = a_len.next_multiple_of(16) + b_len + 16;
+            if packed.len() < wants {
+                packed.resize(wants, 0.0);
+            }
+            let aligned = packed.as_ptr().align_offset(64).min(15);
+            let (b_buffer, rest) = packed[aligned..].split_at_mut(b_len.next_multiple_of(16));
+            let a_buffer = &mut rest[..a_len];
+            for j0 in (columns.0..columns.1).step_by(NC) {
+                let nc = NC.min(columns.1 - j0);
+                for k0 in (0..k.max(1)).step_by(KC) {
+                    let kc = KC.min(k - k0);
+                    let steps = kc.div_ceil(kernel.per_step());
+                    let padded = steps * kernel.per_step();
+                    pack(kernel, &self.b, column_strips(kernel, nc), j0, (k0, kc), b_buffer, scratch);
+                    for i0 in (rows.0..rows.1).step_by(MC) {
+                        let mc = MC.min(rows.1 - i0);
+                        pack(kernel, &self.a, row_strips(kernel, mc), i0, (k0, kc), a_buffer, scratch);
+                        let mut a_at = 0;
+                        for r in row_strips(kernel, mc) {
+                            let mut b_at = 0;
+                            for s in column_strips(kernel, nc) {
+                                let t = Tile {
+                                    rows: r.len,
+                                    columns: s.len,
+                                    lanes: s.width,
+                                    steps,
+                                    rs: self.dst.rs,
+                                    add: self.add || k0 > 0,
+                                    scale: self.scale,
+                                };
+                                // SAFETY: the packed strips hold what the tile reads; its places lie inside `dst` by the check
+                                // above and are exclusive by the caller's promise.
+                                unsafe {
+                                    let c = c.add((i0 + r.start) * self.dst.rs + j0 + s.start);
+                                    tile(kernel, t, a_buffer[a_at..].as_ptr(), b_buffer[b_at..].as_ptr(), c);
+                                }
+                                b_at += padded * s.width;
+                            }
+                            a_at += padded * r.width;
+                        }
+                    }
+                }
+            }
+        });
     }
 }
 
-/// `out (m, n), row-major = [out +] a (m, k) * b (k, n)`, on all threads.
-pub(crate) fn gemm(m: usize, n: usize, k: usize, out: &mut [f32], add: bool, a: Mat, b: Mat) {
-    let dst = Dst { data: SharedMut::new(out), offset: 0, rs: n, cs: 1 };
-    // SAFETY: `out` is borrowed exclusively for the call.
-    unsafe { gemm_into(m, n, k, dst, add, a, b, 1.0, Threads::All) }
+/// `a (m, k) * b (k, n)`, row-major, on all threads.
+pub(crate) fn gemm(m: usize, n: usize, k: usize, a: Operand, b: Operand) -> Vec<f32> {
+    let mut out = Vec::new();
+    gemm_into(m, n, k, &mut out, a, b);
+    out
+}
+
+/// The same added to `out` where that has elements already (a bias in each row).
+pub(crate) fn gemm_into(m: usize, n: usize, k: usize, out: &mut Vec<f32>, a: Operand, b: Operand) {
+    let add = !out.is_empty();
+    let dst = Dst { data: SharedMut::for_vec(out, m * n), offset: 0, rs: n };
+    // SAFETY: `out` is borrowed exclusively for the call, which writes every element.
+    unsafe {
+        Product { m, n, k, a, b, dst, add, scale: 1.0, kernel: kernel() }.run(Threads::All);
+        out.set_len(m * n);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    fn plain(m: usize, n: usize, k: usize, a: impl Fn(usize, usize) -> f32, b: impl Fn(usize, usize) -> f32) -> Vec<f64> {
+        (0..m * n).map(|at| (0..k).map(|kk| a(at / n, kk) as f64 * b(kk, at % n) as f64).sum()).collect()
+    }
+
+    fn kernels() -> Vec<(Kernel, f64)> {
+        let mut all = vec![(Kernel::Portable, 1e-6)];
+        if Kernel::f32() != Kernel::Portable {
+            all.push((Kernel::f32(), 1e-6));
+        }
+        #[cfg(target_arch = "x86_64")]
+        if has_bf16() {
+            all.push((Kernel::Avx512Bf16, 1e-6));
+        }
+        all
+    }
+
+    /// Numbers that bf16 holds exactly, so that its kernel is measured and not its rounding.
+    fn coarse(v: Vec<f32>) -> Vec<f32> {
+        v.into_iter().map(|x| f32::from_bits(x.to_bits() & 0xffff_0000)).collect()
+    }
+
+    #[test]
+    fn products_equal_the_plain_sum_in_every_layout() {
+        for (m, n, k) in [(1, 1, 1), (14, 32, 256), (15, 33, 257), (77, 80, 19), (200, 400, 300), (3, 500, 40), (31, 16, 515)] {
+            let (a, b) = (coarse(numbers(m * k, 1)), coarse(numbers(k * n, 2)));
+            let wants = plain(m, n, k, |i, kk| a[i * k + kk], |kk, j| b[kk * n + j]);
+            let at = |kk: usize, i: usize| a[i * k + kk];
+            let a_t: Vec<f32> = (0..k * m).map(|p| at(p / m, p % m)).collect();
+            let b_t: Vec<f32> = (0..k * n).map(|p| b[p % k * n + p / k]).collect();
+            let a_fill = |i: usize, kk: usize, out: &mut [f32]| out.copy_from_slice(&a[i * k + kk..][..out.len()]);
+            let b_fill = |kk: usize, j: usize, out: &mut [f32]| out.copy_from_slice(&b[kk * n + j..][..out.len()]);
+            let lefts = [Operand::rows(&a, k), Operand::columns(&a_t, m), Operand::AlongK(&a_fill)];
+            let rights = [Operand::columns(&b, n), Operand::rows(&b_t, k), Operand::Across(&b_fill)];
+            for (kernel, tolerance) in kernels() {
+                for (l, left) in lefts.iter().enumerate() {
+                    for (r, right) in rights.iter().enumerate() {
+                        let mut out = vec![1f32; m * n];
+                        let dst = Dst { data: SharedMut::new(&mut out), offset: 0, rs: n };
+                        let product = Product { m, n, k, a: *left, b: *right, dst, add: true, scale: 0.5, kernel };
+                        // SAFETY: `out` is this test's own.
+                        unsafe { product.run(Threads::All) };
+                        for (got, want) in out.iter().zip(&wants) {
+                            let want = 1.0 + 0.5 * want;
+                            // Sums of up to 515 products of order one half, in f32.
+                            assert!(
+                                (*got as f64 - want).abs() < tolerance * (k as f64 + 4.0),
+                                "{kernel:?} {l} {r} {:?}: {got}, {want}",
+                                (m, n, k)
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<(), rayon::ThreadPoolBuildError> {
+        let (m, n, k) = (160, 1000, 700);
+        let (a, b) = (numbers(m * k, 3), numbers(k * n, 4));
+        let mut results = Vec::new();
+        for threads in [1, 2, 3, 8] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+            results.push(pool.install(|| gemm(m, n, k, Operand::rows(&a, k), Operand::columns(&b, n))));
+        }
+        assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+        Ok(())
+    }
 }

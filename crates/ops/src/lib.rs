@@ -22,8 +22,11 @@ mod linear;
 mod math;
 mod mix;
 mod norm;
+mod pack;
 mod tape;
+mod tile;
 mod view;
+mod weight;
 
 pub use activation::{geglu, gelu, quick_gelu, silu};
 pub use attention::attention;
@@ -31,15 +34,19 @@ pub use basic::{add, add_bias_nc, cat, gather_rows, matmul, mul_scalar, narrow, 
 pub use candle_core::{Error, Result};
 pub use checkpoint::checkpoint;
 pub use conv::conv2d;
+pub use gemm::with_bf16;
 pub use linear::{linear, widen};
 pub use norm::{group_norm, layer_norm};
 pub use tape::{OnGradient, Parameter, Value, backward, backward_with, custom, no_grad, recording};
+pub use tile::has_bf16;
 pub use view::F32;
 
 /// Plain functions on tensors, for ops that are written by hand elsewhere (the adapter's).
 pub mod kernel {
-    pub use crate::basic::product;
+    pub use crate::basic::{product, sum};
     pub use crate::conv::{conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
     pub use crate::linear::{linear_forward, linear_input_grad};
     pub use crate::mix::{mix, mix_grad};
+    pub use crate::view::fast as fuses;
+    pub use crate::weight::{Delta, Frozen};
 }

@@ -1,8 +1,10 @@
 //! The frozen linear layer: an input gradient, never a weight gradient.
 
-use crate::gemm::{Mat, gemm};
+use crate::gemm::{gemm, gemm_into};
+use crate::pack::Operand;
 use crate::tape::{Value, custom};
 use crate::view::{F32, fast, tensor};
+use crate::weight::{Frozen, Held, readable};
 use candle_core::{DType, Result, Tensor};
 
 /// A frozen weight in the type that the computation uses: the tensor itself where that is its type already.
@@ -11,6 +13,11 @@ use candle_core::{DType, Result, Tensor};
 /// If the conversion does not exist.
 pub fn widen(weight: &Tensor, compute: DType) -> Result<Tensor> {
     if weight.dtype() == compute { weight.contiguous() } else { weight.to_dtype(compute) }
+}
+
+/// A weight that the fast forms can read: as it is stored if that is f32, f16 or bf16.
+pub(crate) fn stored(weight: &Tensor) -> Result<Tensor> {
+    if readable(weight) { Ok(weight.clone()) } else { widen(weight, DType::F32) }
 }
 
 /// Rows of a tensor whose last dimension is `d`.
@@ -26,54 +33,60 @@ fn with_last(t: &Tensor, last: usize) -> Vec<usize> {
     shape
 }
 
-/// `x (.., in) weight (out, in)^T + bias (out)`.
+/// `x (.., in) weight (out, in)^T + bias (out)`. A delta is added to the weight on the way (f32 on the CPU only).
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn linear_forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub fn linear_forward<'a>(x: &Tensor, weight: impl Into<Frozen<'a>>, bias: Option<&Tensor>) -> Result<Tensor> {
+    let Frozen { weight, delta } = weight.into();
     let (out, inner) = weight.dims2()?;
     if x.dims().last() != Some(&inner) {
         candle_core::bail!("linear: input {:?}, weight {:?}", x.dims(), weight.dims());
     }
-    let weight = widen(weight, x.dtype())?;
     let bias = bias.map(|b| widen(b, x.dtype())).transpose()?;
     let (n, shape) = (rows(x, inner), with_last(x, out));
     let x = x.contiguous()?;
     if !fast(&x) {
-        let y = x.reshape((n, inner))?.matmul(&weight.t()?)?;
+        let y = x.reshape((n, inner))?.matmul(&widen(weight, x.dtype())?.t()?)?;
         return match bias {
             Some(b) => y.broadcast_add(&b)?.reshape(shape),
             None => y.reshape(shape),
         };
     }
-    let (xv, wv) = (F32::new(&x)?, F32::new(&weight)?);
+    let weight = stored(weight)?;
+    let held = Held::new(&Frozen { weight: &weight, delta })?;
+    let (xv, lines) = (F32::new(&x)?, held.lines()?);
     let mut y = match &bias {
         Some(b) => F32::new(b)?.repeat(n),
-        None => vec![0f32; n * out],
+        None => Vec::new(),
     };
-    gemm(n, out, inner, &mut y, bias.is_some(), Mat::rows(&xv, inner), Mat::rows(&wv, inner).t());
+    let fill = |r: usize, from: usize, to: &mut [f32]| lines.fill(r, from, to);
+    let w = lines.plain().map_or(Operand::AlongK(&fill), |w| Operand::rows(w, inner));
+    gemm_into(n, out, inner, &mut y, Operand::rows(&xv, inner), w);
     tensor(y, shape)
 }
 
-/// `dy (.., out) weight (out, in)`: the gradient of the input.
+/// `dy (.., out) weight (out, in)`: the gradient of the input. A delta is added to the weight on the way (f32 on the CPU only).
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn linear_input_grad(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn linear_input_grad<'a>(dy: &Tensor, weight: impl Into<Frozen<'a>>) -> Result<Tensor> {
+    let Frozen { weight, delta } = weight.into();
     let (out, inner) = weight.dims2()?;
     if dy.dims().last() != Some(&out) {
         candle_core::bail!("linear backward: gradient {:?}, weight {:?}", dy.dims(), weight.dims());
     }
-    let weight = widen(weight, dy.dtype())?;
     let (n, shape) = (rows(dy, out), with_last(dy, inner));
     let dy = dy.contiguous()?;
     if !fast(&dy) {
-        return dy.reshape((n, out))?.matmul(&weight)?.reshape(shape);
+        return dy.reshape((n, out))?.matmul(&widen(weight, dy.dtype())?)?.reshape(shape);
     }
-    let (dyv, wv) = (F32::new(&dy)?, F32::new(&weight)?);
-    let mut dx = vec![0f32; n * inner];
-    gemm(n, inner, out, &mut dx, false, Mat::rows(&dyv, out), Mat::rows(&wv, inner));
-    tensor(dx, shape)
+    let weight = stored(weight)?;
+    let held = Held::new(&Frozen { weight: &weight, delta })?;
+    let (dyv, lines) = (F32::new(&dy)?, held.lines()?);
+    let fill = |k: usize, from: usize, to: &mut [f32]| lines.fill(k, from, to);
+    let w = lines.plain().map_or(Operand::Across(&fill), |w| Operand::columns(w, inner));
+    tensor(gemm(n, inner, out, Operand::rows(&dyv, out), w), shape)
 }
 
 /// A frozen linear layer. The weight may be stored narrower than the input's type; it is widened for the call only.

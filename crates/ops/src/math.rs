@@ -14,8 +14,11 @@ pub(crate) fn exp(x: f32) -> f32 {
     const LN2_LO: f32 = -2.121_944_4e-4;
     // Adding and taking away 1.5 * 2^23 rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
-    let x = x.clamp(-87.3, 88.7);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    // Comparisons rather than `clamp`: one instruction each, and NaN stays NaN.
+    let x = if x < -87.3 { -87.3 } else { x };
+    let x = if x > 88.7 { 88.7 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = x - n * LN2_HI - n * LN2_LO;
     let p = 1.0 / 720.0 + r * (1.0 / 5040.0);
     let p = 1.0 / 120.0 + r * p;
@@ -23,9 +26,10 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = 1.0 / 6.0 + r * p;
     let p = 0.5 + r * p;
     let p = 1.0 + r * (1.0 + r * p);
-    // 2^n in two factors, so that n = 128 does not overflow.
-    let half = (n as i32) >> 1;
-    let rest = n as i32 - half;
+    // The sum's last bits are n. 2^n in two factors, so that n = 128 does not overflow.
+    let n = shifted.to_bits() as i32 - ROUND.to_bits() as i32;
+    let half = n >> 1;
+    let rest = n - half;
     p * f32::from_bits(((half + 127) << 23) as u32) * f32::from_bits(((rest + 127) << 23) as u32)
 }
 

@@ -2,9 +2,10 @@
 //! matrix multiplication each.
 
 use crate::math::simd;
-use crate::view::{F32, fast, grain, tensor};
+use crate::view::{F32, build, fast, grain, tensor};
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Items that one partial sum of [`mix_grad`] takes; fixed, so that the result does not depend on the number of threads.
 const ITEMS: usize = 64;
@@ -23,30 +24,38 @@ pub fn mix(w: &Tensor, x: &Tensor) -> Result<Tensor> {
         return w.reshape((1, p, q))?.broadcast_as((n, p, q))?.contiguous()?.matmul(&x);
     }
     let (wv, xv) = (F32::new(&w)?, F32::new(&x)?);
-    let mut y = vec![0f32; n * p * rest];
+    let wv: &[f32] = &wv;
     let (from, to) = ((q * rest).max(1), (p * rest).max(1));
-    y.par_chunks_mut(to).zip(xv.par_chunks(from)).with_min_len(grain(p * q * rest / 4)).for_each(|(y, x)| {
-        simd(
-            #[inline(always)]
-            || {
-                for (i, y) in y.chunks_exact_mut(rest).enumerate() {
-                    for (j, x) in x.chunks_exact(rest).enumerate() {
-                        let k = wv[i * q + j];
-                        if j == 0 {
-                            for (y, x) in y.iter_mut().zip(x) {
-                                *y = k * x;
+    let write = |y: &mut [MaybeUninit<f32>]| {
+        y.par_chunks_mut(to).zip(xv.par_chunks(from)).with_min_len(grain(p * q * rest / 4)).for_each(|(y, x)| {
+            simd(
+                #[inline(always)]
+                || {
+                    // Pieces of a row that stay in registers over all groups.
+                    const PIECE: usize = 64;
+                    for (i, y) in y.chunks_exact_mut(rest).enumerate() {
+                        let w = &wv[i * q..][..q];
+                        for (at, y) in y.chunks_mut(PIECE).enumerate() {
+                            let mut sums = [0f32; PIECE];
+                            for (k, x) in w.iter().zip(x.chunks_exact(rest)) {
+                                let x = &x[at * PIECE..][..y.len()];
+                                if let Ok(x) = <&[f32; PIECE]>::try_from(x) {
+                                    sums.iter_mut().zip(x).for_each(|(s, x)| *s += k * x);
+                                } else {
+                                    sums.iter_mut().zip(x).for_each(|(s, x)| *s += k * x);
+                                }
                             }
-                        } else {
-                            for (y, x) in y.iter_mut().zip(x) {
-                                *y += k * x;
-                            }
+                            y.iter_mut().zip(&sums).for_each(|(y, s)| {
+                                y.write(*s);
+                            });
                         }
                     }
-                }
-            },
-        )
-    });
-    tensor(y, (n, p, rest))
+                },
+            )
+        })
+    };
+    // SAFETY: items, rows and their pieces tile the result.
+    tensor(unsafe { build(n * p * rest, write) }, (n, p, rest))
 }
 
 /// `sum over n of y (n, p, rest) x (n, q, rest)^T`, added up in f32: `(p, q)`.
@@ -95,11 +104,11 @@ pub fn mix_grad(y: &Tensor, x: &Tensor) -> Result<Tensor> {
 #[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0f32; 16];
-    let (ac, bc) = (a.chunks_exact(16), b.chunks_exact(16));
-    for (i, (a, b)) in ac.remainder().iter().zip(bc.remainder()).enumerate() {
+    let ((ac, a_rest), (bc, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
         lanes[i] += a * b;
     }
-    for (a, b) in ac.zip(bc) {
+    for (a, b) in ac.iter().zip(bc) {
         for i in 0..16 {
             lanes[i] += a[i] * b[i];
         }

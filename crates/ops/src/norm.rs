@@ -4,9 +4,10 @@
 use crate::activation::{silu, silu_df};
 use crate::math::{sigmoid, simd};
 use crate::tape::{Value, custom};
-use crate::view::{F32, SharedMut, fast, grain, tensor};
+use crate::view::{F32, SharedMut, build, fast, grain, tensor};
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Sum of `f(v)` in 16 lanes, so that it vectorises and does not depend on threads; blocks keep the f32 sums short.
 #[inline(always)]
@@ -14,8 +15,8 @@ fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
     let mut total = 0f64;
     for block in x.chunks(1024) {
         let mut lanes = [0f32; 16];
-        let chunks = block.chunks_exact(16);
-        for (lane, v) in lanes.iter_mut().zip(chunks.remainder()) {
+        let (chunks, rest) = block.as_chunks::<16>();
+        for (lane, v) in lanes.iter_mut().zip(rest) {
             *lane += f(*v);
         }
         for v in chunks {
@@ -41,12 +42,12 @@ fn mean_rstd(x: &[f32], eps: f64) -> (f32, f32) {
 #[inline(always)]
 fn dot2(g: &[f32], x: &[f32], mean: f32, rstd: f32) -> (f32, f32) {
     let (mut s, mut q) = ([0f32; 16], [0f32; 16]);
-    let (gc, xc) = (g.chunks_exact(16), x.chunks_exact(16));
-    for (i, (g, x)) in gc.remainder().iter().zip(xc.remainder()).enumerate() {
+    let ((gc, g_rest), (xc, x_rest)) = (g.as_chunks::<16>(), x.as_chunks::<16>());
+    for (i, (g, x)) in g_rest.iter().zip(x_rest).enumerate() {
         s[i] += g;
         q[i] += g * (x - mean) * rstd;
     }
-    for (g, x) in gc.zip(xc) {
+    for (g, x) in gc.iter().zip(xc) {
         for i in 0..16 {
             s[i] += g[i];
             q[i] += g[i] * (x[i] - mean) * rstd;
@@ -76,36 +77,38 @@ pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f
     let mut stats = vec![(0f32, 0f32); n * groups];
     let out = {
         let (xv, wv, bv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&b_t)?);
-        let mut out = vec![0f32; xv.len()];
         let size = (per * plane).max(1);
         let grain = grain(8 * size);
-        out.par_chunks_mut(size).zip(xv.par_chunks(size)).zip(stats.par_iter_mut()).enumerate().with_min_len(grain).for_each(
-            |(i, ((o, x), st))| {
-                simd(
-                    #[inline(always)]
-                    || {
-                        let (mean, rstd) = mean_rstd(x, eps);
-                        *st = (mean, rstd);
-                        let first = i % groups * per;
-                        for (k, (o, x)) in o.chunks_exact_mut(plane).zip(x.chunks_exact(plane)).enumerate() {
-                            let scale = wv[first + k] * rstd;
-                            let shift = bv[first + k] - mean * scale;
-                            if with_silu {
-                                for (o, x) in o.iter_mut().zip(x) {
-                                    let z = x * scale + shift;
-                                    *o = z * sigmoid(z);
-                                }
-                            } else {
-                                for (o, x) in o.iter_mut().zip(x) {
-                                    *o = x * scale + shift;
+        let write = |out: &mut [MaybeUninit<f32>]| {
+            out.par_chunks_mut(size).zip(xv.par_chunks(size)).zip(stats.par_iter_mut()).enumerate().with_min_len(grain).for_each(
+                |(i, ((o, x), st))| {
+                    simd(
+                        #[inline(always)]
+                        || {
+                            let (mean, rstd) = mean_rstd(x, eps);
+                            *st = (mean, rstd);
+                            let first = i % groups * per;
+                            for (k, (o, x)) in o.chunks_exact_mut(plane).zip(x.chunks_exact(plane)).enumerate() {
+                                let scale = wv[first + k] * rstd;
+                                let shift = bv[first + k] - mean * scale;
+                                if with_silu {
+                                    for (o, x) in o.iter_mut().zip(x) {
+                                        let z = x * scale + shift;
+                                        o.write(z * sigmoid(z));
+                                    }
+                                } else {
+                                    for (o, x) in o.iter_mut().zip(x) {
+                                        o.write(x * scale + shift);
+                                    }
                                 }
                             }
-                        }
-                    },
-                )
-            },
-        );
-        tensor(out, dims.as_slice())?
+                        },
+                    )
+                },
+            )
+        };
+        // SAFETY: groups, their channels and these pixels tile the tensor.
+        tensor(unsafe { build(xv.len(), write) }, dims.as_slice())?
     };
     let (need_x, need_w, need_b) = (x.requires_grad(), weight.requires_grad(), bias.requires_grad());
     Ok(custom("group_norm", &[x, weight, bias], out, move |dy| {
@@ -238,30 +241,34 @@ pub fn layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<V
     let mut stats = vec![(0f32, 0f32); x_t.elem_count() / d.max(1)];
     let out = {
         let (xv, wv, bv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&b_t)?);
-        let mut out = vec![0f32; xv.len()];
+        let (wv, bv): (&[f32], &[f32]) = (&wv, &bv);
         let grain = grain(4 * ROWS * d);
-        out.par_chunks_mut(ROWS * d).zip(xv.par_chunks(ROWS * d)).zip(stats.par_chunks_mut(ROWS)).with_min_len(grain).for_each(
-            |((o, x), st)| {
-                simd(
-                    #[inline(always)]
-                    || {
-                        for ((o, x), st) in o.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(st) {
-                            let (mean, rstd) = mean_rstd(x, eps);
-                            *st = (mean, rstd);
-                            for i in 0..d {
-                                o[i] = (x[i] - mean) * rstd * wv[i] + bv[i];
+        let write = |out: &mut [MaybeUninit<f32>]| {
+            out.par_chunks_mut(ROWS * d).zip(xv.par_chunks(ROWS * d)).zip(stats.par_chunks_mut(ROWS)).with_min_len(grain).for_each(
+                |((o, x), st)| {
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for ((o, x), st) in o.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(st) {
+                                let (mean, rstd) = mean_rstd(x, eps);
+                                *st = (mean, rstd);
+                                for (((o, x), w), b) in o.iter_mut().zip(x).zip(wv).zip(bv) {
+                                    o.write((x - mean) * rstd * w + b);
+                                }
                             }
-                        }
-                    },
-                )
-            },
-        );
-        tensor(out, x_t.dims())?
+                        },
+                    )
+                },
+            )
+        };
+        // SAFETY: rows of `d` tile the tensor.
+        tensor(unsafe { build(xv.len(), write) }, x_t.dims())?
     };
     let (need_x, need_w, need_b) = (x.requires_grad(), weight.requires_grad(), bias.requires_grad());
     Ok(custom("layer_norm", &[x, weight, bias], out, move |dy| {
         let dy = dy.contiguous()?;
         let (xv, wv, dyv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&dy)?);
+        let wv: &[f32] = &wv;
         let mut dx = vec![0f32; xv.len()];
         let trained = need_w || need_b;
         // Each task's share of (dw, db), added up in order afterwards.
@@ -279,18 +286,18 @@ pub fn layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<V
                         let mut dxhat = vec![0f32; d];
                         for (((dx, x), dy), &(mean, rstd)) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)).zip(st)
                         {
-                            for i in 0..d {
-                                dxhat[i] = dy[i] * wv[i];
+                            for ((g, dy), w) in dxhat.iter_mut().zip(dy).zip(wv) {
+                                *g = dy * w;
                             }
                             let (s1, s2) = dot2(&dxhat, x, mean, rstd);
                             let (m1, m2) = (s1 / d as f32, s2 / d as f32);
-                            for i in 0..d {
-                                dx[i] = rstd * (dxhat[i] - m1 - (x[i] - mean) * rstd * m2);
+                            for ((dx, g), x) in dx.iter_mut().zip(&dxhat).zip(x) {
+                                *dx = rstd * (g - m1 - (x - mean) * rstd * m2);
                             }
                             if trained {
-                                for i in 0..d {
-                                    share.0[i] += dy[i] * (x[i] - mean) * rstd;
-                                    share.1[i] += dy[i];
+                                for (((w, b), dy), x) in share.0.iter_mut().zip(&mut share.1).zip(dy).zip(x) {
+                                    *w += dy * (x - mean) * rstd;
+                                    *b += dy;
                                 }
                             }
                         }

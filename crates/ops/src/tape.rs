@@ -4,6 +4,7 @@
 //! and hands parameter gradients out only when everything is done. Here a node's closure is consumed and dropped as
 //! soon as it has run, and a parameter's gradient is complete the moment its last use has been passed.
 
+use crate::basic::sum;
 use candle_core::{DType, Result, Tensor};
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
@@ -177,7 +178,7 @@ impl Parameter {
         let mut grad = lock(&self.0.grad);
         *grad = Some(match grad.take() {
             None => g,
-            Some(sum) => (sum + g)?,
+            Some(so_far) => sum(&so_far, &g)?,
         });
         Ok(())
     }
@@ -287,11 +288,11 @@ struct Pending {
 impl Pending {
     fn add(&mut self, node: Arc<Node>, grad: Tensor) -> Result<()> {
         let id = node.id;
-        let sum = match self.grads.remove(&id) {
+        let total = match self.grads.remove(&id) {
             None => grad,
-            Some(have) => (have + grad)?,
+            Some(have) => sum(&have, &grad)?,
         };
-        self.grads.insert(id, sum);
+        self.grads.insert(id, total);
         self.order.insert(id, node);
         Ok(())
     }

@@ -1,10 +1,11 @@
 //! Slices of CPU tensors, and which form of an op serves a tensor.
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, StorageRef, Tensor};
+use std::mem::MaybeUninit;
 use std::ops::Deref;
 
-/// Whether the fast CPU form serves this tensor.
-pub(crate) fn fast(t: &Tensor) -> bool {
+/// Whether the fast CPU form serves this tensor, and with it a [`crate::kernel::Delta`].
+pub fn fast(t: &Tensor) -> bool {
     t.dtype() == DType::F32 && t.device().is_cpu()
 }
 
@@ -46,6 +47,18 @@ pub(crate) fn grain(work: usize) -> usize {
     (1 << 15) / work.max(1) + 1
 }
 
+/// A vector of `len` numbers, all of which `write` writes.
+///
+/// # Safety
+/// `write` initialises every element.
+pub(crate) unsafe fn build(len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
+    let mut out = Vec::with_capacity(len);
+    write(&mut out.spare_capacity_mut()[..len]);
+    // SAFETY: the capacity is there, and the caller promises the elements.
+    unsafe { out.set_len(len) };
+    out
+}
+
 /// A CPU tensor that takes over `data`.
 pub(crate) fn tensor(data: Vec<f32>, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
     Tensor::from_vec(data, shape, &Device::Cpu)
@@ -65,6 +78,12 @@ impl SharedMut {
         Self(slice.as_mut_ptr(), slice.len())
     }
 
+    /// The first `len` places of a vector that is to be filled: room is made for them. Who fills them sets the length.
+    pub(crate) fn for_vec(vec: &mut Vec<f32>, len: usize) -> Self {
+        vec.reserve_exact(len.saturating_sub(vec.len()));
+        Self(vec.as_mut_ptr(), len)
+    }
+
     /// A pointer to element `offset`, from which at least `len` elements lie inside the slice.
     pub(crate) fn ptr(self, offset: usize, len: usize) -> *mut f32 {
         assert!(offset + len <= self.1, "{offset} + {len} > {}", self.1);
@@ -72,7 +91,19 @@ impl SharedMut {
         unsafe { self.0.add(offset) }
     }
 
-    /// Elements `offset..offset + len`.
+    /// Sets elements `offset..offset + len`, which may not be initialised yet.
+    ///
+    /// # Safety
+    /// The slice lives on, and no other thread touches these elements meanwhile.
+    pub(crate) unsafe fn fill(self, offset: usize, len: usize, value: f32) {
+        let ptr = self.ptr(offset, len);
+        for i in 0..len {
+            // SAFETY: inside the allocation by the assertion in `ptr`.
+            unsafe { ptr.add(i).write(value) };
+        }
+    }
+
+    /// Elements `offset..offset + len`, all initialised.
     ///
     /// # Safety
     /// The slice lives on, and no other thread touches these elements while the result is used.

@@ -13,7 +13,7 @@ use sdxl::config::{ClipConfig, UNetConfig, VaeConfig};
 use super::tape::{Back, Meter, V, Work, constant, op, segment};
 
 /// Query rows whose scores are in memory at a time, for each thread (`ops::attention`).
-const QUERIES: u64 = 64;
+const QUERIES: u64 = 112;
 
 /// An adapter in a layer.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +58,8 @@ impl Net {
     fn apply(&self, path: &str, x: &V, rows: u64) -> V {
         let (l, m) = (self.layer(path), &self.meter);
         let weight = l.out * l.inp * l.area;
-        let wide = 4 * weight;
+        // In f32 on the CPU a weight is widened and merged line by line, and nothing is flipped.
+        let wide = if self.compute == DType::F32 && !m.composed { 0 } else { 4 * weight };
         let converted = l.stored != self.compute;
         let stored_bytes = (weight * l.stored.size_in_bytes() as u64) as f64;
         let macs = (rows * weight) as f64;

@@ -1,0 +1,165 @@
+//! A frozen weight as products read it: line by line, widened on the way if it is stored narrower, and with an adapter's
+//! `kron(w1, w2)` added if there is one. Neither a widened copy nor W + delta ever exists whole.
+
+use crate::math::simd;
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+/// What a LoKr adds to a frozen weight `(a c, b d, ..)`: `kron(w1 (a, b), w2 (c, d, ..))`, the scale folded into `w1`; both f32.
+#[derive(Clone, Copy)]
+pub struct Delta<'a> {
+    /// `(a, b)`.
+    pub w1: &'a Tensor,
+    /// `(c, d, ..)`.
+    pub w2: &'a Tensor,
+}
+
+/// A frozen weight, and what is added to it.
+#[derive(Clone, Copy)]
+pub struct Frozen<'a> {
+    /// `(out, in, ..)`.
+    pub weight: &'a Tensor,
+    /// Only for f32 on the CPU, see [`crate::kernel::fuses`].
+    pub delta: Option<Delta<'a>>,
+}
+
+impl<'a> From<&'a Tensor> for Frozen<'a> {
+    fn from(weight: &'a Tensor) -> Self {
+        Self { weight, delta: None }
+    }
+}
+
+enum Stored<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+/// Holds the borrows that [`Lines`] looks into.
+pub(crate) struct Held<'a> {
+    weight: (StorageRef<'a>, &'a Layout),
+    row: usize,
+    w1: Vec<f32>,
+    w2: Vec<f32>,
+    /// b, c and the elements of one row of w2.
+    sizes: [usize; 3],
+}
+
+/// The rows of a weight seen as a matrix `(out, rest)`.
+pub(crate) struct Lines<'a> {
+    stored: Stored<'a>,
+    row: usize,
+    delta: Option<(&'a [f32], &'a [f32])>,
+    sizes: [usize; 3],
+}
+
+impl<'a> Held<'a> {
+    /// Borrows a contiguous f32, f16 or bf16 weight on the CPU.
+    pub(crate) fn new(frozen: &Frozen<'a>) -> Result<Self> {
+        let weight = frozen.weight;
+        let row = weight.elem_count() / weight.dim(0)?.max(1);
+        let (w1, w2, sizes) = match frozen.delta {
+            None => (Vec::new(), Vec::new(), [1, 1, 1]),
+            Some(Delta { w1, w2 }) => {
+                let ((a, b), c) = (w1.dims2()?, w2.dim(0)?);
+                let inner = w2.elem_count() / c.max(1);
+                if a * c != weight.dim(0)? || b * inner != row {
+                    candle_core::bail!("weight {:?} is not w1 {:?} by w2 {:?}", weight.dims(), w1.dims(), w2.dims());
+                }
+                (w1.flatten_all()?.to_vec1()?, w2.flatten_all()?.to_vec1()?, [b, c, inner])
+            }
+        };
+        Ok(Self { weight: weight.storage_and_layout(), row, w1, w2, sizes })
+    }
+
+    pub(crate) fn lines(&self) -> Result<Lines<'_>> {
+        let (storage, layout) = &self.weight;
+        let (Storage::Cpu(data), Some((start, end))) = (&**storage, layout.contiguous_offsets()) else {
+            candle_core::bail!("a weight must be contiguous and on the CPU: {:?}", layout.shape());
+        };
+        let stored = match data {
+            CpuStorage::F32(v) => Stored::F32(&v[start..end]),
+            CpuStorage::F16(v) => Stored::F16(&v[start..end]),
+            CpuStorage::BF16(v) => Stored::Bf16(&v[start..end]),
+            other => candle_core::bail!("a weight must be f32, f16 or bf16: {:?}", candle_core::backend::BackendStorage::dtype(other)),
+        };
+        let delta = if self.w1.is_empty() { None } else { Some((&self.w1[..], &self.w2[..])) };
+        Ok(Lines { stored, row: self.row, delta, sizes: self.sizes })
+    }
+}
+
+/// Rows that are asked for before they are read: pieces of rows far apart are nothing that a CPU guesses.
+const AHEAD: usize = 8;
+
+impl Lines<'_> {
+    fn prefetch(&self, at: usize, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let (start, size) = match &self.stored {
+                Stored::F32(v) => (v.as_ptr().cast::<i8>(), 4),
+                Stored::F16(v) => (v.as_ptr().cast::<i8>(), 2),
+                Stored::Bf16(v) => (v.as_ptr().cast::<i8>(), 2),
+            };
+            for line in (0..len * size).step_by(64) {
+                // SAFETY: a prefetch may name any address.
+                unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(start.wrapping_add(at * size + line)) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (at, len);
+    }
+
+    /// The elements themselves, where nothing is done to them on the way.
+    pub(crate) fn plain(&self) -> Option<&[f32]> {
+        match (&self.stored, self.delta) {
+            (Stored::F32(v), None) => Some(v),
+            _ => None,
+        }
+    }
+
+    /// Elements `from..from + out.len()` of row `r`.
+    pub(crate) fn fill(&self, r: usize, from: usize, out: &mut [f32]) {
+        let at = r * self.row + from;
+        self.prefetch(at + AHEAD * self.row, out.len());
+        match &self.stored {
+            Stored::F32(v) => out.copy_from_slice(&v[at..at + out.len()]),
+            Stored::F16(v) => v[at..at + out.len()].convert_to_f32_slice(out),
+            Stored::Bf16(v) => widen_bf16(&v[at..at + out.len()], out),
+        }
+        let Some((w1, w2)) = self.delta else { return };
+        let [b, c, inner] = self.sizes;
+        let (w1, w2) = (&w1[r / c * b..][..b], &w2[r % c * inner..][..inner]);
+        simd(
+            #[inline(always)]
+            || {
+                let (mut j, mut q, mut done) = (from / inner, from % inner, 0);
+                while done < out.len() {
+                    let run = (inner - q).min(out.len() - done);
+                    let k = w1[j];
+                    for (o, v) in out[done..done + run].iter_mut().zip(&w2[q..q + run]) {
+                        *o += k * v;
+                    }
+                    done += run;
+                    (j, q) = (j + 1, 0);
+                }
+            },
+        );
+    }
+}
+
+fn widen_bf16(from: &[bf16], to: &mut [f32]) {
+    simd(
+        #[inline(always)]
+        || {
+            for (t, f) in to.iter_mut().zip(from) {
+                *t = f32::from_bits(u32::from(f.to_bits()) << 16);
+            }
+        },
+    );
+}
+
+/// Whether a weight of this type is read as it is stored.
+pub(crate) fn readable(weight: &Tensor) -> bool {
+    matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16) && weight.is_contiguous() && weight.device().is_cpu()
+}
