@@ -252,3 +252,32 @@ fn the_quickstart_trains_its_model() {
     assert_eq!(steps_in_metrics(&out.run()), [1, 2], "{}", ran.all());
     assert!(listing(out.run()).contains(&"kohaku.safetensors".to_string()), "{}", ran.all());
 }
+
+/// Whether latents are encoded before the first step, while it trains, by an earlier run, or by one that was killed on the way:
+/// the adapter is the same.
+#[test]
+fn latents_made_while_training_are_those_made_before() {
+    // The metadata names the run by a hash of its recipe, which differs.
+    let [kept, bare] = ["dataset.cache_latents_to_disk=true", "output.no_metadata=true"];
+    let ahead = World::new("latents-ahead");
+    let ran = ahead.train(&[kept, bare]).good();
+    assert_eq!(ran.lines("latents:"), ["latents: 18 encoded"]);
+    let want = contents(ahead.run()).remove("shapes.safetensors").expect("the adapter");
+    let lazily = World::new("latents-lazily");
+    let set = [kept, bare, "dataset.cache_latents_lazily=true", "dataset.cache_latents_dir=latents"];
+    for _ in 0..2 {
+        let ran = lazily.train(&set).good();
+        assert!(ran.lines("latents:").is_empty(), "{}", ran.all());
+        assert!(contents(lazily.run())["shapes.safetensors"] == want, "another adapter");
+        std::fs::remove_dir_all(lazily.run()).expect("removed");
+    }
+    assert!(lazily.path("latents/latents.sqlite").is_file() && !lazily.path("pictures/.lokr-latents").exists());
+    // Part of them is lost: the rest is taken, and the run is the same again.
+    for file in std::fs::read_dir(lazily.path("latents")).expect("listed").flatten() {
+        std::fs::remove_file(file.path()).expect("removed");
+    }
+    lazily.train(&[&set[..], &["train.max_train_steps=2"]].concat()).good();
+    std::fs::remove_dir_all(lazily.run()).expect("removed");
+    lazily.train(&set).good();
+    assert!(contents(lazily.run())["shapes.safetensors"] == want, "another adapter");
+}

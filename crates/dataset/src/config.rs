@@ -37,6 +37,9 @@ pub struct DatasetConfig {
     pub resize_interpolation: Option<Interpolation>,
     /// What happens to an image (or caption) that cannot be read.
     pub on_broken_image: OnBrokenImage,
+    /// With `on_broken_image = "skip"`: the run stops once more than this share of the images that it asked for (at the start:
+    /// of all images found) cannot be used, 0 to 1. Fewer than 100 images are taken for 100, so that one in a few is borne.
+    pub max_broken_share: f64,
     /// Which crop the network is told.
     pub crop_condition: CropCondition,
     /// The folders.
@@ -152,6 +155,7 @@ impl Default for DatasetConfig {
             bucket_reso_steps: 64,
             resize_interpolation: None,
             on_broken_image: OnBrokenImage::Skip,
+            max_broken_share: 0.1,
             crop_condition: CropCondition::Pixel,
             subsets: Vec::new(),
         }
@@ -194,6 +198,9 @@ impl DatasetConfig {
     /// [`Error::Config`] with the keys and values that break a rule; its hint says what to change.
     pub fn check(&self) -> Result<()> {
         self.check_sizes()?;
+        if !(0.0..=1.0).contains(&self.max_broken_share) {
+            return Err(Error::config(format!("max_broken_share = {} is no share", self.max_broken_share), "use a number from 0 to 1"));
+        }
         if self.subsets.is_empty() {
             return Err(Error::config("there are no subsets", "add a [[subsets]] table with image_dir = \"...\""));
         }
@@ -231,6 +238,13 @@ impl DatasetConfig {
                 "set random_crop = false or cache_latents = false",
             )),
         }
+    }
+
+    /// The error that ends a run in which `broken` images of `of` cannot be used, if that is more than `max_broken_share`.
+    pub(crate) fn too_many_broken(&self, broken: usize, of: usize, example: String) -> Option<Error> {
+        const FEW: usize = 100;
+        let too_many = broken as f64 > self.max_broken_share * of.max(FEW) as f64;
+        too_many.then(|| Error::TooManyBroken { broken, of, share: self.max_broken_share, example })
     }
 
     fn check_sizes(&self) -> Result<()> {

@@ -5,9 +5,10 @@
 //! ([`crate::LatentCache`]).
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::{Mutex, OnceLock};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rayon::prelude::*;
 
@@ -78,6 +79,10 @@ pub struct Dataset {
     listed: OnceLock<Vec<Sample>>,
     /// Samples that turned out to be broken while loading, with the reason.
     pub(crate) broken: Mutex<BTreeMap<u32, String>>,
+    /// Visits whose image was asked for.
+    pub(crate) asked_for: AtomicU64,
+    /// Hashes of listed files that have been read for one.
+    pub(crate) contents: Mutex<HashMap<u32, Arc<str>>>,
 }
 
 /// Samples that a thread sorts into buckets at a time.
@@ -116,8 +121,21 @@ impl Dataset {
             let first = report.broken_images.first.first().or(report.broken_captions.first.first());
             return Err(Error::AllBroken { found: report.images_found, first: first.cloned().unwrap_or_default() });
         }
-        let (config, listed, broken) = (config.clone(), OnceLock::new(), Mutex::default());
-        let mut dataset = Dataset { config, rule, rows, buckets: Vec::new(), listed, broken };
+        let left_out = report.broken_images.count + report.broken_captions.count;
+        let first = report.broken_images.first.first().or(report.broken_captions.first.first()).cloned();
+        if let Some(error) = config.too_many_broken(left_out, report.images_found, first.unwrap_or_default()) {
+            return Err(error);
+        }
+        let mut dataset = Dataset {
+            config: config.clone(),
+            rule,
+            rows,
+            buckets: Vec::new(),
+            listed: OnceLock::new(),
+            broken: Mutex::default(),
+            asked_for: AtomicU64::new(0),
+            contents: Mutex::default(),
+        };
         dataset.buckets = dataset.sort_into_buckets();
         report.images_used = dataset.len();
         report.buckets = dataset.bucket_counts();
@@ -150,6 +168,14 @@ impl Dataset {
             let numbers = 0..self.len() as u32;
             // A row of an index that has become unreadable since it was opened has no name and no caption.
             numbers.into_par_iter().filter_map(|n| self.sample(n).ok().map(Cow::into_owned)).collect()
+        })
+    }
+
+    /// The samples that are not of an index.
+    pub fn listed(&self) -> impl Iterator<Item = &Sample> + '_ {
+        self.rows.segments().iter().flat_map(|segment| match segment {
+            Segment::Listed(samples) => samples.as_slice(),
+            Segment::Indexed { .. } => &[],
         })
     }
 

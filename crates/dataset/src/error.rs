@@ -77,6 +77,18 @@ pub enum Error {
         /// The image that was asked for.
         path: PathBuf,
     },
+    /// More images cannot be used than `max_broken_share` bears.
+    #[error("{broken} of {of} images cannot be used, more than max_broken_share = {share}; one of them is {example}")]
+    TooManyBroken {
+        /// Images that cannot be used.
+        broken: usize,
+        /// Images that were asked for.
+        of: usize,
+        /// `max_broken_share`.
+        share: f64,
+        /// The path of one, at the start with its reason.
+        example: String,
+    },
     /// A sample number that the dataset does not have.
     #[error("the dataset has {len} samples, there is no number {sample}")]
     NoSuchSample {
@@ -199,6 +211,9 @@ impl Error {
             Error::NoSuchImage { .. } => Some("ids are those of the posts, or the numbers that the index gave".into()),
             Error::NotSelected { .. } => Some("the subset's selection, or a broken file, left it out".into()),
             Error::Stopped => Some("run it again: it goes on where it was".into()),
+            Error::TooManyBroken { .. } => {
+                Some("look at them with `lokr dataset check`; raise dataset.max_broken_share if so many are expected".into())
+            }
             Error::Folder { .. } | Error::AllBroken { .. } | Error::BucketBroken { .. } => None,
             Error::NoSuchSample { .. } | Error::Latent { .. } => None,
         }

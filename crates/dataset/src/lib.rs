@@ -45,7 +45,7 @@ pub use config::{CropCondition, DatasetConfig, Interpolation, OnBrokenImage, Sub
 pub use dataset::{Bucket, Dataset, Loaded, Sample, View};
 pub use error::{Error, Result};
 pub use image::{DecodeError, Pixels};
-pub use latents::{CacheDtype, CachePlace, CacheReport, ItemKey, Latent, LatentCache, LatentId, LatentItem};
+pub use latents::{CacheDtype, CachePlace, ItemKey, Latent, LatentCache, LatentId, LatentItem, LatentSource, LatentVisit};
 pub use loader::Prefetcher;
 pub use plan::{Batch, BatchPlan, BucketContents, Entry};
 pub use report::{BucketCount, Named, Report};

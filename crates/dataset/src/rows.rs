@@ -115,6 +115,14 @@ impl At<'_> {
         }
     }
 
+    /// Its id in its index.
+    pub fn id(&self) -> Option<u32> {
+        match self {
+            At::Listed(_) => None,
+            At::Indexed { row, .. } => Some(row.id),
+        }
+    }
+
     /// Path of the file, or the shard with the member's name.
     pub fn name(&self) -> std::path::PathBuf {
         match self {

@@ -1,4 +1,5 @@
-//! What one visit sees of a sample: caption, mirroring, crop, pixels; and who takes the place of a broken one.
+//! What one visit sees of a sample: caption, mirroring, crop, pixels; and who takes the place of a broken one. Cached
+//! latents are in `latents`.
 //!
 //! # Determinism
 //! A visit's mirroring and random crop are drawn in this order from one stream keyed by (seed, [`Purpose::Augment`],
@@ -7,15 +8,15 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use random::{Purpose, Stream};
-use rayon::prelude::*;
 
 use crate::caption::{is_dropped_whole, process_caption};
 use crate::image::{DecodeError, crop_condition, decode, prepare, time_ids};
 use crate::rows::{At, SampleRow};
 use crate::source::chain;
-use crate::{CaptionContext, Dataset, Error, ItemKey, LatentId, LatentItem, Loaded, OnBrokenImage, Pixels, Result, View};
+use crate::{CaptionContext, Dataset, Error, ItemKey, Loaded, OnBrokenImage, Pixels, Result, View};
 
 impl Dataset {
     /// The caption of one visit: that of the file, or made of an index's tags, through [`process_caption`].
@@ -55,37 +56,59 @@ impl Dataset {
     /// number, cyclic) takes its place; each broken image is logged once and kept in [`Dataset::broken`].
     ///
     /// # Errors
-    /// [`Error::BucketBroken`] if no image of the bucket can be used; with `on_broken_image = "fail"` already
-    /// [`Error::Image`].
+    /// [`Error::BucketBroken`] if no image of the bucket can be used, [`Error::TooManyBroken`] if more than
+    /// `max_broken_share` of those that were asked for cannot; with `on_broken_image = "fail"` already [`Error::Image`].
     pub fn load_pixels(&self, sample: u32, seed: u64, epoch: u64, position: u64) -> Result<Loaded> {
+        self.first_usable(sample, |candidate| {
+            let view = self.view(candidate, seed, epoch, position)?;
+            let pixels = self.pixels(candidate, view)?;
+            Ok(Loaded { sample: candidate, view, pixels })
+        })
+    }
+
+    /// What `load` gives of the first sample for which it does not fail with [`Error::Image`], in the order of
+    /// [`Dataset::replacement`].
+    pub(crate) fn first_usable<T>(&self, sample: u32, load: impl Fn(u32) -> Result<T>) -> Result<T> {
+        let skips = self.config().on_broken_image == OnBrokenImage::Skip;
+        self.asked_for.fetch_add(1, Ordering::Relaxed);
         let mut outcome = None;
-        let found = self.replacement(sample, |candidate| {
-            if self.is_broken(candidate) && self.config().on_broken_image == OnBrokenImage::Skip {
+        self.replacement(sample, |candidate| {
+            if skips && self.is_broken(candidate) {
                 return false;
             }
-            let loaded = self.view(candidate, seed, epoch, position).and_then(|view| {
-                let pixels = self.pixels(candidate, view)?;
-                Ok(Loaded { sample: candidate, view, pixels })
-            });
-            let stop = loaded.is_ok() || self.config().on_broken_image == OnBrokenImage::Fail;
-            outcome = stop.then_some(loaded);
-            stop
+            outcome = match load(candidate) {
+                Err(Error::Image { path, .. }) if skips => self.too_many_broken(&path).map(Err),
+                other => Some(other),
+            };
+            outcome.is_some()
         })?;
-        match (found, outcome) {
-            (Some(_), Some(loaded)) => loaded,
-            _ => {
-                let s = self.row(sample)?;
-                let count = self.bucket_of(&s).len();
-                Err(Error::BucketBroken { bucket: s.placement.bucket, count, path: self.name(sample) })
-            }
-        }
+        outcome.unwrap_or_else(|| {
+            let s = self.row(sample)?;
+            let count = self.bucket_of(&s).len();
+            Err(Error::BucketBroken { bucket: s.placement.bucket, count, path: self.name(sample) })
+        })
+    }
+
+    /// The error that ends the run, once more than `max_broken_share` are broken.
+    fn too_many_broken(&self, last: &Path) -> Option<Error> {
+        let broken = self.broken.lock().unwrap_or_else(|e| e.into_inner()).len();
+        let asked_for = self.asked_for.load(Ordering::Relaxed).min(self.len() as u64) as usize;
+        self.config().too_many_broken(broken, asked_for, last.display().to_string())
     }
 
     /// The pixels that a latent cache wants for a key: the centre crop, mirrored or not. No replacement is made.
     ///
     /// # Errors
-    /// [`Error::Image`] if the image is broken (it is then listed in [`Dataset::broken`]).
+    /// [`Error::Image`] if the image is broken (it is then listed in [`Dataset::broken`]), [`Error::TooManyBroken`].
     pub fn load_for_cache(&self, key: ItemKey) -> Result<Pixels> {
+        self.asked_for.fetch_add(1, Ordering::Relaxed);
+        self.cache_pixels(key).map_err(|error| match error {
+            Error::Image { path, source } => self.too_many_broken(&path).unwrap_or(Error::Image { path, source }),
+            error => error,
+        })
+    }
+
+    pub(crate) fn cache_pixels(&self, key: ItemKey) -> Result<Pixels> {
         let s = self.row(key.sample)?;
         self.pixels(key.sample, self.view_of(&s, key.flipped, s.placement.centre_crop()))
     }
@@ -111,43 +134,6 @@ impl Dataset {
         self.broken.lock().unwrap_or_else(|e| e.into_inner()).contains_key(&sample)
     }
 
-    /// What a latent cache of this dataset holds: every image, and its mirror image where `flip_aug` is on. Reads every
-    /// file of a folder once, in parallel, to know its content; of an index's images, name, length and time stand for it.
-    /// Files that cannot be read become [`Dataset::broken`].
-    ///
-    /// # Errors
-    /// [`Error::Config`] if a subset has `random_crop`.
-    pub fn latent_items(&self) -> Result<Vec<LatentItem>> {
-        self.config().check_cacheable()?;
-        let content = |number: u32| -> Result<String> {
-            match self.rows.at(number)? {
-                At::Listed(sample) => Ok(storage::blake3_file(&sample.path)?),
-                At::Indexed { source, row, .. } => source.content(row.id),
-            }
-        };
-        let contents: Vec<_> = (0..self.len() as u32).into_par_iter().map(content).collect();
-        let mut items = Vec::new();
-        for (number, content) in (0u32..).zip(contents) {
-            let content = match content {
-                Ok(content) => content,
-                Err(error) => {
-                    self.mark_broken(number, &self.name(number), &error);
-                    continue;
-                }
-            };
-            let sample = self.row(number)?;
-            let (w, h) = sample.placement.bucket;
-            let flips: &[bool] = if self.config().subsets[sample.subset].flip_aug { &[false, true] } else { &[false] };
-            let (crop, method) = (sample.placement.centre_crop(), self.config().resize_interpolation);
-            items.extend(flips.iter().map(|&flipped| LatentItem {
-                key: ItemKey { sample: number, flipped },
-                id: LatentId::new(&content, sample.placement, crop, flipped, method),
-                shape: [4, h as usize / 8, w as usize / 8],
-            }));
-        }
-        Ok(items)
-    }
-
     fn view_of(&self, s: &SampleRow, flipped: bool, pixel_crop: (u32, u32)) -> View {
         let crop_left_top = crop_condition(self.config().crop_condition, s.placement, s.size, pixel_crop, flipped);
         View { flipped, pixel_crop, crop_left_top, time_ids: time_ids(s.size, crop_left_top, s.placement.bucket) }
@@ -156,9 +142,8 @@ impl Dataset {
     fn pixels(&self, number: u32, view: View) -> Result<Pixels> {
         let at = self.rows.at(number)?;
         self.try_pixels(&at, view).map_err(|source| {
-            let path = at.name();
-            self.mark_broken(number, &path, &source);
-            Error::Image { path, source }
+            self.mark_broken(number, &at, &source);
+            Error::Image { path: at.name(), source }
         })
     }
 
@@ -172,11 +157,12 @@ impl Dataset {
         Ok(Pixels { data, original_size: s.size, crop_left_top: view.crop_left_top, target_size: s.placement.bucket })
     }
 
-    fn mark_broken(&self, number: u32, path: &Path, error: &dyn std::error::Error) {
+    pub(crate) fn mark_broken(&self, number: u32, at: &At<'_>, error: &dyn std::error::Error) {
         let mut broken = self.broken.lock().unwrap_or_else(|e| e.into_inner());
         broken.entry(number).or_insert_with(|| {
             let reason = chain(error);
-            tracing::warn!("image `{}` cannot be used: {reason}", path.display());
+            let id = at.id().map_or_else(String::new, |id| format!("{id} "));
+            tracing::warn!("image {id}`{}` cannot be used: {reason}", at.name().display());
             reason
         });
     }

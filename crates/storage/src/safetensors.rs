@@ -112,6 +112,12 @@ impl SafeTensors {
         let _ = name;
     }
 
+    /// Where a tensor's bytes stand in the file; `None` if the file has none of that name.
+    pub fn place(&self, name: &str) -> Option<Range<u64>> {
+        let at = |offset: usize| (self.inner.data_start + offset) as u64;
+        self.inner.tensors.get(name).map(|(_, range)| at(range.start)..at(range.end))
+    }
+
     /// The header's `__metadata__`; empty if it has none.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.inner.metadata

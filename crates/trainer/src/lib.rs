@@ -18,6 +18,7 @@ pub mod export;
 pub mod fault;
 pub mod init_base;
 pub mod interrupt;
+mod latents;
 pub mod metadata;
 pub mod metrics;
 pub mod outputs;

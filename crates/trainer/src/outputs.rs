@@ -202,19 +202,23 @@ fn facts(config: &RunConfig, data: &Data, hash: &ModelHash, held_out: usize) -> 
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     let mut subsets = vec![SubsetFacts::default(); config.dataset.subsets.len()];
     let mut error = 0.0;
-    for sample in dataset.samples() {
+    let (mut visits, ratio) = (0, |(w, h): (u32, u32)| f64::from(w) / f64::from(h.max(1)));
+    for row in dataset.rows() {
+        subsets[row.subset].img_count += 1;
+        visits += u64::from(row.repeats);
+        error += (ratio(row.size) - ratio(row.placement.bucket)).abs();
+    }
+    // Tags of an index are not counted: it may hold millions of captions, and they would make the file's header huge.
+    for sample in dataset.listed() {
         let facts = &mut subsets[sample.subset];
-        facts.img_count += 1;
         for tag in sample.caption.split(',').map(str::trim).filter(|t| !t.is_empty()) {
             *facts.tag_frequency.entry(tag.to_string()).or_default() += 1;
         }
-        let ratio = |(w, h): (u32, u32)| f64::from(w) / f64::from(h.max(1));
-        error += (ratio(sample.size) - ratio(sample.placement.bucket)).abs();
     }
     RunFacts {
         session_id: u64::from_str_radix(&blake3::hash(config.to_toml().as_bytes()).to_hex()[..8], 16).unwrap_or_default(),
         started_at: now,
-        num_train_images: dataset.samples().iter().map(|s| u64::from(s.repeats)).sum(),
+        num_train_images: visits,
         num_validation_images: held_out as u64,
         num_batches_per_epoch: timeline.batches_per_epoch,
         num_epochs: timeline.total_steps.div_ceil(timeline.steps_per_epoch()),

@@ -1,7 +1,6 @@
 //! Building the parts of a run, in the order in which their mistakes are cheapest to find: recipe, pictures, base model,
 //! adapter, latents.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use dataset::Dataset;
@@ -14,10 +13,11 @@ use sdxl::tokenizer::Tokenizer;
 
 use crate::base;
 use crate::config::{Compat, ConfigError, RunConfig};
-use crate::data::{self, Data};
+use crate::data::Data;
 use crate::ddp::Buckets;
 use crate::error::{Error, Result};
 use crate::event::{Event, Observer};
+use crate::latents;
 use crate::outputs::Outputs;
 use crate::ranks::Ranks;
 use crate::step::{Objective, Trained};
@@ -82,11 +82,14 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
         observe(Event::Warning(format!("the preset's {pattern} matches nothing in this model")));
     }
 
-    let folder = latent_folder(config);
-    let vae_hash = vae_identity(config, &hash.sha256)?;
-    let cache = data::encode_latents(config, &dataset, &model.vae, &vae_hash, &folder, ranks, observe)?;
+    let cache = latents::open(config, &dataset, &vae_identity(config, &hash.sha256)?, observe)?;
+    if let Some(cache) = &cache {
+        latents::encode_ahead(config, &dataset, cache, &model.vae, (ranks.rank(), ranks.count()), observe)?;
+        // None needs the others' latents: but none shall wait at a gradient for a rank that still encodes.
+        ranks.wait("the latents")?;
+    }
     for (sample, why) in dataset.broken() {
-        observe(Event::Warning(format!("left out: {}: {why}", dataset.samples()[sample as usize].path.display())));
+        observe(Event::Warning(format!("left out: {}: {why}", dataset.name(sample).display())));
     }
 
     let trained: Vec<Trained> = network.parameters().into_iter().map(|(group, parameter)| Trained { group, parameter }).collect();
@@ -108,12 +111,6 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
     }
     observe(Event::Note(derived(config, &data, &sizes, &optimizer)));
     Ok(Parts { model, network, trained, optimizer, data, outputs, objective, base_hash: hash.sha256 })
-}
-
-/// Where cached latents are kept: beside the pictures, so that other runs find them.
-fn latent_folder(config: &RunConfig) -> PathBuf {
-    let first = config.dataset.subsets.first().map(|s| s.image_dir.clone()).unwrap_or_default();
-    first.join(".lokr-latents")
 }
 
 /// What the latent cache is keyed by: the file that the VAE comes from.

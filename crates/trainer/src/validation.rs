@@ -10,8 +10,9 @@ use sdxl::tokenizer::Tokenizer;
 use sdxl::vae::LATENT_SCALE;
 
 use crate::config::RunConfig;
-use crate::data::{chunks, pixels_tensor, push_ids};
+use crate::data::{chunks, push_ids};
 use crate::error::Result;
+use crate::latents::pixels_tensor;
 use crate::step::{self, MicroBatch, Objective};
 
 /// Held-out pictures with their latents, and where the loss is taken.

@@ -143,7 +143,7 @@ fn flips_and_random_crops_follow_the_key() {
     let loaded = (0..40).map(|p| dataset.load_pixels(0, 3, 1, p).unwrap()).find(|l| l.view.flipped).unwrap();
     // The gradient grows to the right; mirrored, it falls.
     assert!(loaded.pixels.data[0] > loaded.pixels.data[127]);
-    assert!(dataset.latent_items().unwrap_err().to_string().contains("random_crop = true excludes cache_latents"));
+    assert!(dataset.latent_keys().err().unwrap().to_string().contains("random_crop = true excludes cache_latents"));
 }
 
 #[test]

@@ -48,7 +48,7 @@ fn an_index_of_a_folder_gives_what_the_folder_gives() {
         assert_eq!(folder.caption(n, at(7)).unwrap(), indexed.caption(n, at(7)).unwrap());
         assert_eq!(folder.load_pixels(n, 1, 0, 9).unwrap(), indexed.load_pixels(n, 1, 0, 9).unwrap());
     }
-    assert_eq!(indexed.latent_items().unwrap().len(), 12);
+    assert_eq!(indexed.latent_keys().unwrap().count(), 12);
     assert_ne!(folder.fingerprint(), indexed.fingerprint());
     // The same index under another name, and its images elsewhere, are the same dataset.
     let moved = tempfile::tempdir().unwrap();

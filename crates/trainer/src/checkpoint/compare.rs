@@ -14,6 +14,9 @@ const FREE: &[&str] = &[
     "train.on_non_finite",
     "train.max_withheld_steps",
     "dataset.cache_latents_to_disk",
+    "dataset.cache_latents_lazily",
+    "dataset.cache_latents_dir",
+    "dataset.max_broken_share",
     "dataset.vae_batch_size",
 ];
 

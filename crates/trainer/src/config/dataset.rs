@@ -3,6 +3,8 @@
 //! Names, docs and types of `dataset`'s keys are read out of the source of its own structs, and the defaults out of their
 //! `Default`, so that nothing about them is repeated here; a test compares the two.
 
+use std::path::PathBuf;
+
 use dataset::{DatasetConfig, SubsetConfig};
 use toml::{Table, Value};
 
@@ -21,13 +23,21 @@ section! {
         cache_latents: bool = false, same;
         /// Encode each picture once and keep the latents in files, for later runs too. Includes `cache_latents`.
         cache_latents_to_disk: bool = false, same;
+        /// Encode a picture when it is first visited, instead of all before the first step. The result is the same.
+        cache_latents_lazily: bool = false, ours;
+        /// The folder of `cache_latents_to_disk`; several runs may share one. If absent: `.lokr-latents` beside the first subset's
+        /// pictures, or beside its index.
+        cache_latents_dir: Option<PathBuf> = None, ours;
+        /// With cached latents: take those that sd-scripts left in `.npz` files beside the pictures, where they fit. They do not say
+        /// which VAE made them: it must have been this one.
+        read_npz_latents: bool = false, ours;
         /// Pictures that the VAE encodes at once.
         vae_batch_size: usize = 1, same;
     }
 }
 
 /// Keys that sd-scripts does not have.
-const OURS: &[&str] = &["on_broken_image", "crop_condition", "index", "selection", "caption_rules"];
+const OURS: &[&str] = &["on_broken_image", "max_broken_share", "crop_condition", "index", "selection", "caption_rules"];
 
 /// The keys of `[dataset]` that crate `dataset` reads, without `subsets`.
 pub(super) fn dataset_keys() -> Vec<Key> {
