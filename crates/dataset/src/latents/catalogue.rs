@@ -143,7 +143,7 @@ impl Catalogue {
     }
 
     /// Latents of this VAE and type.
-    pub fn len(&self) -> Result<usize> {
+    pub fn count(&self) -> Result<usize> {
         self.with(|c| c.query_row("SELECT count(*) FROM latent WHERE space = ?", [self.space], |row| row.get(0)))
     }
 

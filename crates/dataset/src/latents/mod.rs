@@ -171,8 +171,8 @@ impl LatentCache {
     ///
     /// # Errors
     /// [`Error::Sqlite`].
-    pub fn len(&self) -> Result<usize> {
-        let written = self.disk.as_ref().map_or(Ok(0), Catalogue::len)?;
+    pub fn count(&self) -> Result<usize> {
+        let written = self.disk.as_ref().map_or(Ok(0), Catalogue::count)?;
         Ok(written + self.lock().in_memory.len())
     }
 

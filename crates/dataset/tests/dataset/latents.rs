@@ -83,7 +83,7 @@ fn kept_in_memory_and_on_disk() {
             let cache = open(&config, place.clone(), "vae", dtype);
             // a and c are the same file: one latent serves both.
             assert_eq!(cache.missing(), [key(0), key(1)]);
-            assert_eq!(cache.cache.len().unwrap(), 0);
+            assert_eq!(cache.cache.count().unwrap(), 0);
             assert_eq!(cache.fill(), 2);
             let again = open(&config, place.clone(), "vae", dtype);
             let cache = if place == CachePlace::Memory { cache } else { again };
@@ -151,7 +151,7 @@ fn many_processes_open_and_fill_at_once() {
             });
         }
     });
-    assert_eq!(disk(&config, folder.path()).cache.len().unwrap(), 2);
+    assert_eq!(disk(&config, folder.path()).cache.count().unwrap(), 2);
 }
 
 /// The catalogue is made of the shards: without it, with a damaged one, or with one that tells of shards that are gone or
@@ -175,7 +175,7 @@ fn the_catalogue_can_be_lost() {
     std::fs::remove_file(&shards(folder.path())[0]).unwrap();
     assert_eq!(open_before.get(key(0)), None);
     let cache = disk(&config, folder.path());
-    assert_eq!((cache.missing(), cache.cache.len().unwrap()), (vec![key(0), key(1)], 0));
+    assert_eq!((cache.missing(), cache.cache.count().unwrap()), (vec![key(0), key(1)], 0));
 }
 
 /// The value is that of the cache's type from the first moment on, so that it does not matter who made it and when.
@@ -246,7 +246,7 @@ fn another_vae_or_type_is_not_read() {
     for (vae, dtype, why, shards) in others {
         let cache = open(&config, place(), vae, dtype);
         let ignored = cache.cache.ignored_shards().unwrap();
-        assert_eq!((cache.cache.len().unwrap(), ignored.count, cache.missing().len()), (0, shards, 2));
+        assert_eq!((cache.cache.count().unwrap(), ignored.count, cache.missing().len()), (0, shards, 2));
         assert!(ignored.first.iter().any(|line| line.contains(why)), "{ignored:?}");
         cache.fill();
     }
