@@ -38,6 +38,7 @@ pub(super) struct Meter {
     live: Cell<u64>,
     gradients: Cell<u64>,
     peak: Cell<(u64, u64)>,
+    largest: Cell<u64>,
     macs: Cell<f64>,
     seconds: Cell<f64>,
     recording: Cell<bool>,
@@ -54,6 +55,7 @@ impl Meter {
             live: Cell::new(0),
             gradients: Cell::new(0),
             peak: Cell::new((0, 0)),
+            largest: Cell::new(0),
             macs: Cell::new(0.0),
             seconds: Cell::new(0.0),
             recording: Cell::new(true),
@@ -65,6 +67,11 @@ impl Meter {
     /// The largest sum of activations and gradients, in bytes, and the gradients' part of it.
     pub fn peak(&self) -> (u64, u64) {
         self.peak.get()
+    }
+
+    /// Bytes of the largest buffer.
+    pub fn largest(&self) -> u64 {
+        self.largest.get()
     }
 
     /// Floating-point operations: two for each multiply-add.
@@ -107,6 +114,7 @@ impl Meter {
 
     pub fn buffer(self: &Rc<Self>, bytes: u64) -> Rc<Buffer> {
         self.take(bytes);
+        self.largest.set(self.largest.get().max(bytes));
         Rc::new(Buffer { meter: self.clone(), bytes })
     }
 
