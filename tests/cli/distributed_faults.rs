@@ -100,7 +100,8 @@ fn a_port_in_use_is_an_error_with_its_way_out() {
 
 /// Two processes started by hand, as a launcher would: each with its variables and its keys. Gives what both said.
 fn by_hand(world: &World, sizes: [&str; 2], sets: [&[&str]; 2]) -> [Ran; 2] {
-    let port = 20_000 + std::process::id() % 9000;
+    // Free a moment ago, and not of the range that launchers of other tests choose from.
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
     let children = [0, 1].map(|rank: usize| {
         let folder = if rank == 0 { world.folder.clone() } else { world.path("other") };
         let mut command = lokr_command(&folder, &arguments(&[SHORT, sets[rank]].concat()));

@@ -124,7 +124,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     let run = Run { config: &config, ranks: &ranks, model: &model, objective: &objective, trained: &trained, data: &data, rates: &rates };
     observe(Event::Start { done: state.step, total: timeline.total_steps });
     while state.step < timeline.total_steps {
-        if ranks.group.any("stop", options.interrupt.requested()).map_err(Error::from)? {
+        if ranks.group.any("stop", options.interrupt.requested())? {
             if ranks.is_first() {
                 save(&config, &trained, &optimizer, &state, &data, &recipe, &mut writer)?;
             }
