@@ -16,6 +16,7 @@ mod disk;
 mod distributed;
 mod distributed_faults;
 mod distributed_starts;
+mod dry_gpu;
 mod export;
 mod health;
 mod house;

@@ -32,6 +32,8 @@ pub enum Command {
     Dataset(Dataset),
     /// Check every file of a run: hashes, finite values, and that exported adapters equal their checkpoints.
     Verify(Verify),
+    /// Compare this machine's GPU with the CPU, and time a training step; the report can be pasted into an issue.
+    CheckGpu(CheckGpu),
     /// Print a recipe with every key, its meaning and its default.
     Recipe,
     /// Say what a run will take before it starts: adapters, memory, FLOPs, time. No weights are read.
@@ -78,6 +80,17 @@ pub struct Launch {
     /// What each process runs: `train` and its arguments.
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<std::ffi::OsString>,
+}
+
+/// Arguments of `lokr check-gpu`.
+#[derive(Args)]
+pub struct CheckGpu {
+    /// A recipe whose step is compared and timed as well; its pictures are not read.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Replace a key of the recipe.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE", requires = "config")]
+    pub set: Vec<String>,
 }
 
 /// The base model, for commands without a recipe.

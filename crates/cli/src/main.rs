@@ -67,6 +67,14 @@ fn run(command: Command) -> Result<ExitCode> {
                 return Ok(ExitCode::FAILURE);
             }
         }
+        Command::CheckGpu(args) => {
+            let config = args.config.map(|file| RunConfig::load(&file, &args.set)).transpose()?;
+            let report = in_pool(None, || trainer::gpu_check::check(config.as_ref()))?;
+            print!("{}", report.text);
+            if report.failed > 0 {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
         Command::Recipe => print!("{}", template()),
         Command::Plan(args) => {
             let config = RunConfig::load(&args.recipe.config, &args.recipe.set)?;

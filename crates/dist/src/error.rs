@@ -74,6 +74,15 @@ pub enum Error {
         /// What happened.
         failure: Box<Failure>,
     },
+    /// NCCL, or the GPU's driver under it, refused a collective.
+    #[cfg(feature = "nccl")]
+    #[error("NCCL failed in {operation}: {what}")]
+    Nccl {
+        /// What this rank was in.
+        operation: Operation,
+        /// NCCL's own word for it.
+        what: String,
+    },
     /// The system refused something that a group or the launcher needs.
     #[error("cannot {doing}")]
     System {
@@ -145,6 +154,10 @@ impl Error {
                 Some(format!("`{program}` was not found; give its path, or put its folder into PATH"))
             }
             Error::Start { .. } => None,
+            #[cfg(feature = "nccl")]
+            Error::Nccl { .. } => {
+                Some("run again with NCCL_DEBUG=WARN: NCCL then writes what it met; each process needs a GPU of its own".into())
+            }
         }
     }
 }

@@ -6,6 +6,8 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use crate::failure::{Failure, Peer, named, seconds};
+#[cfg(feature = "nccl")]
+use crate::nccl::NcclGroup;
 use crate::tcp::TcpGroup;
 use crate::wire::Pulse;
 use crate::{Error, Operation, Result, World};
@@ -95,7 +97,7 @@ impl Options {
 pub struct Handle(Inner);
 
 enum Inner {
-    Ready(Vec<f32>),
+    Ready(Result<Vec<f32>>),
     Waiting { operation: Operation, me: Peer, result: Receiver<Result<Vec<f32>>> },
 }
 
@@ -110,7 +112,7 @@ impl Handle {
     /// [`Error::Failed`], as for [`ProcessGroup::all_reduce_sum`]; also if the group was dropped meanwhile.
     pub fn wait(self) -> Result<Vec<f32>> {
         match self.0 {
-            Inner::Ready(values) => Ok(values),
+            Inner::Ready(done) => done,
             Inner::Waiting { operation, me, result } => {
                 result.recv().unwrap_or_else(|_| Err(Error::Failed { operation, failure: Box::new(Failure::Left { peer: me }) }))
             }
@@ -135,6 +137,9 @@ pub enum ProcessGroup {
     Single,
     /// Several processes over TCP.
     Tcp(TcpGroup),
+    /// Several processes with a GPU each: sums go over NCCL, all else over TCP.
+    #[cfg(feature = "nccl")]
+    Nccl(NcclGroup),
 }
 
 impl ProcessGroup {
@@ -146,20 +151,24 @@ impl ProcessGroup {
         if world.world_size == 1 { Ok(Self::Single) } else { TcpGroup::join(world, options).map(Self::Tcp) }
     }
 
+    /// The connections to the others; `None` in a world of one.
+    fn tcp(&self) -> Option<&TcpGroup> {
+        match self {
+            Self::Single => None,
+            Self::Tcp(group) => Some(group),
+            #[cfg(feature = "nccl")]
+            Self::Nccl(group) => Some(group.tcp()),
+        }
+    }
+
     /// This process's rank, from 0.
     pub fn rank(&self) -> usize {
-        match self {
-            Self::Single => 0,
-            Self::Tcp(group) => group.rank(),
-        }
+        self.tcp().map_or(0, TcpGroup::rank)
     }
 
     /// The number of processes.
     pub fn world_size(&self) -> usize {
-        match self {
-            Self::Single => 1,
-            Self::Tcp(group) => group.peers().len(),
-        }
+        self.tcp().map_or(1, |group| group.peers().len())
     }
 
     /// Replaces each of `values` by its sum over ranks.
@@ -167,8 +176,11 @@ impl ProcessGroup {
     /// # Errors
     /// See [`ProcessGroup`].
     pub fn all_reduce_sum(&self, name: &str, values: &mut [f32]) -> Result<()> {
-        if let Self::Tcp(group) = self {
-            values.copy_from_slice(&group.sum(name, values.to_vec()).wait()?);
+        match self {
+            Self::Single => {}
+            Self::Tcp(group) => values.copy_from_slice(&group.sum(name, values.to_vec()).wait()?),
+            #[cfg(feature = "nccl")]
+            Self::Nccl(group) => values.copy_from_slice(&group.sum_of_host(name, values)?),
         }
         Ok(())
     }
@@ -177,8 +189,10 @@ impl ProcessGroup {
     /// Other calls queue behind them.
     pub fn all_reduce_async(&self, name: &str, bucket: Vec<f32>) -> Handle {
         match self {
-            Self::Single => Handle(Inner::Ready(bucket)),
+            Self::Single => Handle(Inner::Ready(Ok(bucket))),
             Self::Tcp(group) => group.sum(name, bucket),
+            #[cfg(feature = "nccl")]
+            Self::Nccl(group) => Handle(Inner::Ready(group.sum_of_host(name, &bucket))),
         }
     }
 
@@ -187,7 +201,7 @@ impl ProcessGroup {
     /// # Errors
     /// See [`ProcessGroup`].
     pub fn all_reduce_max(&self, name: &str, value: f32) -> Result<f32> {
-        let Self::Tcp(group) = self else { return Ok(value) };
+        let Some(group) = self.tcp() else { return Ok(value) };
         let all = group.exchange(Operation::AllReduceMax { name: name.into() }, value.to_le_bytes().to_vec(), None)?;
         let larger = |a: f32, b: f32| if a.is_nan() || a > b { a } else { b };
         Ok(all.iter().flat_map(|part| crate::mesh::from_bytes(part)).fold(f32::NEG_INFINITY, larger))
@@ -198,7 +212,7 @@ impl ProcessGroup {
     /// # Errors
     /// See [`ProcessGroup`].
     pub fn any(&self, name: &str, value: bool) -> Result<bool> {
-        let Self::Tcp(group) = self else { return Ok(value) };
+        let Some(group) = self.tcp() else { return Ok(value) };
         let all = group.exchange(Operation::AnyTrue { name: name.into() }, vec![value.into()], None)?;
         Ok(all.concat().contains(&1))
     }
@@ -212,7 +226,7 @@ impl ProcessGroup {
             let what = format!("broadcast \"{name}\": rank {root} does not exist in a world of {}", self.world_size());
             return Err(Error::Option { what, way_out: "ranks count from 0".into() });
         }
-        let Self::Tcp(group) = self else { return Ok(()) };
+        let Some(group) = self.tcp() else { return Ok(()) };
         let operation = Operation::Broadcast { name: name.into(), bytes: bytes.len() as u64, root };
         let payload = if group.rank() == root { bytes.to_vec() } else { Vec::new() };
         // The length is part of what all ranks agreed on before the root's bytes were sent.
@@ -227,9 +241,9 @@ impl ProcessGroup {
     /// # Errors
     /// See [`ProcessGroup`].
     pub fn all_gather(&self, name: &str, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        match self {
-            Self::Single => Ok(vec![bytes.to_vec()]),
-            Self::Tcp(group) => group.exchange(Operation::AllGather { name: name.into() }, bytes.to_vec(), None),
+        match self.tcp() {
+            None => Ok(vec![bytes.to_vec()]),
+            Some(group) => group.exchange(Operation::AllGather { name: name.into() }, bytes.to_vec(), None),
         }
     }
 
@@ -251,7 +265,7 @@ impl ProcessGroup {
     }
 
     fn wait_for_all(&self, name: &str, deadline: Option<Duration>) -> Result<()> {
-        if let Self::Tcp(group) = self {
+        if let Some(group) = self.tcp() {
             group.exchange(Operation::Barrier { name: name.into() }, Vec::new(), deadline)?;
         }
         Ok(())

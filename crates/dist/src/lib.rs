@@ -6,9 +6,9 @@
 //! group checks and how long it waits; [`launch::launch`], which starts one process per device and stops all when one dies.
 //!
 //! [`ProcessGroup`] has a member for a world of one, in which every collective is the identity, and one that works over
-//! TCP for CPU runs and tests. NCCL will be the implementation for GPUs (`src/nccl.rs`, behind a cargo feature): it is to
-//! keep a [`TcpGroup`] beside it, for handing out its unique id, for the checks at the start and for naming ranks that
-//! are missing or lost, and to pass the same contract tests (`tests/contract.rs`).
+//! TCP for CPU runs and tests. With the cargo feature `nccl` there is one for GPUs (`src/nccl.rs`): it keeps a [`TcpGroup`]
+//! beside it, for handing out NCCL's unique id, for the checks at the start and for naming ranks that are missing or lost,
+//! and passes the same contract tests (`tests/contract`).
 //!
 //! Nothing here is encrypted or authenticated, as with NCCL: use it on machines and networks that you trust.
 //!
@@ -27,6 +27,8 @@ mod group;
 mod hub;
 pub mod launch;
 mod mesh;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod operation;
 mod rendezvous;
 mod slurm;
@@ -38,5 +40,7 @@ pub use env::{Launcher, World};
 pub use error::{Error, Result};
 pub use failure::{Difference, Failure, Peer, Refusal, Silence};
 pub use group::{Handle, OnWait, Options, ProcessGroup, Wait};
+#[cfg(feature = "nccl")]
+pub use nccl::NcclGroup;
 pub use operation::Operation;
 pub use tcp::TcpGroup;

@@ -17,6 +17,8 @@ mod attention;
 mod basic;
 mod checkpoint;
 mod conv;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod gemm;
 mod linear;
 mod math;
@@ -34,6 +36,8 @@ pub use basic::{add, add_bias_nc, cat, gather_rows, matmul, mul_scalar, narrow, 
 pub use candle_core::{Error, Result};
 pub use checkpoint::checkpoint;
 pub use conv::conv2d;
+#[cfg(feature = "cuda")]
+pub use cuda::gpu;
 pub use gemm::with_bf16;
 pub use linear::{linear, widen};
 pub use norm::{group_norm, layer_norm};

@@ -94,6 +94,13 @@ pub enum Error {
         /// The range, in words.
         wants: &'static str,
     },
+    /// The GPU's driver refused a call, or work before it failed.
+    #[cfg(feature = "cuda")]
+    #[error("the optimizer step on the GPU failed: {what}")]
+    Device {
+        /// The driver's words.
+        what: String,
+    },
     /// Too many optimizer steps in a row were skipped because gradients overflowed.
     #[error("gradients overflowed in {skips} steps in a row; the loss scale is down to {scale}")]
     TooManySkips {
@@ -121,6 +128,8 @@ impl Error {
                 })
             }
             Error::Range { .. } | Error::StateTwice { .. } => None,
+            #[cfg(feature = "cuda")]
+            Error::Device { .. } => None,
             Error::WarmupWithConstant { .. } => Some("use `lr_scheduler = \"constant_with_warmup\"`, or set `lr_warmup_steps = 0`".into()),
             Error::StateMissing { .. } | Error::StateBytes { .. } | Error::StateValue { .. } => {
                 Some("the checkpoint is damaged; resume from an earlier one".into())

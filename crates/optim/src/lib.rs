@@ -12,6 +12,8 @@
 
 pub mod adamw;
 pub mod clip;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 pub mod lion;
 pub mod lion8bit;

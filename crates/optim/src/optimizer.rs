@@ -88,11 +88,13 @@ impl Hyper {
 }
 
 /// The state of one parameter.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 enum State {
     Lion(Vec<f32>),
     Lion8bit(Lion8bit),
     AdamW(AdamW),
+    #[cfg(feature = "cuda")]
+    OnDevice(crate::cuda::DeviceLion8bit),
 }
 
 /// One rule over many parameters.
@@ -102,12 +104,21 @@ pub struct Optimizer {
     hyper: Hyper,
     sizes: Vec<usize>,
     states: Vec<Option<State>>,
+    #[cfg(feature = "cuda")]
+    kernels: Option<crate::cuda::Kernels>,
 }
 
 impl Optimizer {
     /// An optimizer of parameters with these numbers of elements. `hyper` should have passed [`Hyper::check`].
     pub fn new(kind: OptimizerKind, hyper: Hyper, sizes: &[usize]) -> Self {
-        Self { kind, hyper, sizes: sizes.to_vec(), states: vec![None; sizes.len()] }
+        Self {
+            kind,
+            hyper,
+            sizes: sizes.to_vec(),
+            states: vec![None; sizes.len()],
+            #[cfg(feature = "cuda")]
+            kernels: None,
+        }
     }
 
     /// Which rule.
@@ -123,7 +134,8 @@ impl Optimizer {
     /// Steps parameter `index` with its gradient. Allocates only at the parameter's first step.
     ///
     /// # Panics
-    /// If there is no such parameter, or `param` or `grad` has another number of elements than it was announced with.
+    /// If there is no such parameter, `param` or `grad` has another number of elements than it was announced with, or its state is on
+    /// a device.
     pub fn step(&mut self, index: usize, param: &mut [f32], grad: &[f32], lr: f32) {
         let size = self.sizes[index];
         assert!(
@@ -137,6 +149,8 @@ impl Optimizer {
             State::Lion(m) => lion::step(&LionRule::new(betas, weight_decay, lr), param, grad, m),
             State::Lion8bit(state) => state.step(&LionRule::new(betas, weight_decay, lr), param, grad),
             State::AdamW(state) => state.step(betas, eps, weight_decay, lr, param, grad),
+            #[cfg(feature = "cuda")]
+            State::OnDevice(_) => panic!("the state of parameter {index} is on a device"),
         }
     }
 
@@ -152,12 +166,17 @@ impl Optimizer {
 
     /// The state as named tensors, by parameter; codes are borrowed, f32 values copied. Parameters that were never stepped
     /// have none.
-    pub fn state(&self) -> Vec<StateTensor<'_>> {
+    ///
+    /// # Errors
+    /// If a state cannot be copied from a device.
+    pub fn state(&self) -> Result<Vec<StateTensor<'_>>> {
         let mut tensors = Vec::new();
         for (index, state) in self.states.iter().enumerate() {
             let name = |part: &str| format!("{index}.{part}");
             match state {
                 None => {}
+                #[cfg(feature = "cuda")]
+                Some(State::OnDevice(state)) => tensors.extend(self.from_device(state, name)?),
                 Some(State::Lion(m) | State::Lion8bit(Lion8bit::F32(m))) => tensors.push(StateTensor::f32(name("state1"), m)),
                 Some(State::Lion8bit(Lion8bit::Blockwise { codes, absmax })) => {
                     tensors.push(StateTensor::u8(name("state1"), codes));
@@ -171,7 +190,7 @@ impl Optimizer {
                 }
             }
         }
-        tensors
+        Ok(tensors)
     }
 
     /// Replaces the whole state by what [`Optimizer::state`] of an equal optimizer gave. A parameter without tensors
@@ -189,6 +208,8 @@ impl Optimizer {
         if let Some(name) = incoming.first_left() {
             return Err(Error::StateUnknown { name, kind: self.kind.name(), parameters: self.sizes.len() });
         }
+        #[cfg(feature = "cuda")]
+        let states = self.to_device(states)?;
         self.states = states;
         Ok(())
     }
@@ -221,5 +242,94 @@ impl State {
                 Self::AdamW(AdamW { m, v, steps: steps as u32 })
             }
         })
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod device {
+    //! States in a device's memory.
+
+    use cudarc::driver::{CudaView, CudaViewMut};
+
+    use super::{Lion8bit, LionRule, Optimizer, OptimizerKind, State, StateTensor};
+    use crate::cuda::Kernels;
+    use crate::{Error, Result};
+
+    impl Optimizer {
+        /// Keeps the states where `kernels` run, if there is a kernel for this rule: [`Optimizer::step_on_device`] then serves. Says
+        /// whether it does.
+        ///
+        /// # Errors
+        /// If the states do not fit there.
+        pub fn use_device(&mut self, kernels: Kernels) -> Result<bool> {
+            if self.kind == OptimizerKind::Lion8bit {
+                self.kernels = Some(kernels);
+                let states = std::mem::take(&mut self.states);
+                self.states = self.to_device(states)?;
+            }
+            Ok(self.kernels.is_some())
+        }
+
+        /// The kernels of [`Optimizer::use_device`].
+        pub fn kernels(&self) -> Option<&Kernels> {
+            self.kernels.as_ref()
+        }
+
+        /// Steps parameter `index` with the gradient `factor * grad`.
+        ///
+        /// # Errors
+        /// If the device fails.
+        ///
+        /// # Panics
+        /// If there is no such parameter, a length is not that announced, or [`Optimizer::use_device`] did not say yes.
+        pub fn step_on_device(
+            &mut self,
+            index: usize,
+            param: &mut CudaViewMut<f32>,
+            grad: &CudaView<f32>,
+            factor: f32,
+            lr: f32,
+        ) -> Result<()> {
+            let kernels = self.kernels.as_ref().expect("use_device said yes");
+            let rule = LionRule::new(self.hyper.betas, self.hyper.weight_decay, lr);
+            let state = &mut self.states[index];
+            if state.is_none() {
+                *state = Some(State::OnDevice(kernels.state(self.sizes[index])?));
+            }
+            let Some(State::OnDevice(state)) = state else { panic!("the state of parameter {index} is on the host") };
+            Ok(kernels.step(&rule, factor, state, param, grad)?)
+        }
+
+        pub(super) fn to_device(&self, states: Vec<Option<State>>) -> Result<Vec<Option<State>>> {
+            let Some(kernels) = &self.kernels else { return Ok(states) };
+            let upload = |state| match state {
+                Some(State::Lion8bit(host)) => Ok(Some(State::OnDevice(kernels.upload(&host)?))),
+                other => Ok(other),
+            };
+            states.into_iter().map(upload).collect()
+        }
+
+        pub(super) fn from_device(
+            &self,
+            state: &crate::cuda::DeviceLion8bit,
+            name: impl Fn(&str) -> String,
+        ) -> Result<Vec<StateTensor<'static>>> {
+            let Some(kernels) = &self.kernels else { return Ok(Vec::new()) };
+            Ok(match kernels.download(state)? {
+                Lion8bit::F32(m) => vec![StateTensor::f32(name("state1"), &m)],
+                Lion8bit::Blockwise { codes, absmax } => {
+                    let codes = StateTensor::u8(name("state1"), &codes);
+                    let codes =
+                        StateTensor { bytes: codes.bytes.into_owned().into(), name: codes.name, dtype: codes.dtype, shape: codes.shape };
+                    vec![codes, StateTensor::f32(name("absmax1"), &absmax)]
+                }
+            })
+        }
+    }
+
+    impl From<cudarc::driver::DriverError> for Error {
+        fn from(error: cudarc::driver::DriverError) -> Self {
+            Self::Device { what: error.to_string() }
+        }
     }
 }

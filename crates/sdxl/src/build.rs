@@ -74,7 +74,7 @@ impl<'a> Builder<'a> {
                 }
                 let tensor = self.checkpoint.load(self.part, &name)?;
                 let dtype = dtype.unwrap_or_else(|| weight_type(tensor.dtype()));
-                return Ok(tensor.to_dtype(dtype)?);
+                return Ok(tensor.to_dtype(dtype)?.to_device(self.checkpoint.device())?);
             }
             Some(found) => {
                 findings.misshapen.push(format!("{name}: {found:?}, expected {shape:?}"));

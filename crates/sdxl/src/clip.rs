@@ -128,7 +128,7 @@ impl ClipTextModel {
             );
         }
         let device = self.token_embedding.device();
-        let compute = if device.is_cpu() { DType::F32 } else { self.token_embedding.dtype() };
+        let compute = DType::F32;
         let flat = Tensor::from_vec(ids.concat(), ids.len() * tokens, device)?;
         let x = self.token_embedding.index_select(&flat, 0)?.to_dtype(compute)?.reshape((ids.len(), tokens, self.config.width))?;
         let x = x.broadcast_add(&self.position_embedding.narrow(0, 0, tokens)?.to_dtype(compute)?)?;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use ops::Value;
 
 use crate::checkpoint::{Checkpoint, Part};
@@ -57,6 +57,11 @@ impl Sdxl {
     /// As [`Checkpoint::open`] and [`Sdxl::load`].
     pub fn open(path: &Path, dtype: DType) -> Result<Self> {
         Self::load(&Checkpoint::open(path)?, dtype)
+    }
+
+    /// Where the networks are, and where their inputs must be.
+    pub fn device(&self) -> &Device {
+        self.vae.device()
     }
 
     /// The condition of `n` prompts of `chunks` rows of 77 ids each, for both encoders; rows of one prompt follow each

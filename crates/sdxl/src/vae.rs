@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use ops::Value;
 
 use crate::build::{Builder, Scope};
@@ -230,6 +230,11 @@ impl AutoencoderKL {
         let networks = Arc::new(Networks::load(&self.checkpoint, &self.config).map_err(candle_core::Error::wrap)?.0);
         *slot = Some(networks.clone());
         Ok(networks)
+    }
+
+    /// Where its weights are, and where its inputs must be.
+    pub fn device(&self) -> &Device {
+        self.checkpoint.device()
     }
 
     /// Image pixels per latent pixel, each axis (SDXL: 8).

@@ -160,10 +160,10 @@ impl Data {
         let unscaled = match prepared.images {
             Images::Cached(visits) => {
                 let latents: Result<Vec<Tensor>> = visits.into_iter().map(|visit| self.latent(visit, vae)).collect();
-                Tensor::cat(&latents?, 0)?
+                Tensor::cat(&latents?, 0)?.to_device(vae.device())?
             }
             Images::Pixels(pixels) => {
-                let (mean, logvar) = vae.encode(&pixels)?;
+                let (mean, logvar) = vae.encode(&pixels.to_device(vae.device())?)?;
                 let draws = prepared.keys.iter().map(|k| Stream::new(self.seed, Purpose::Posterior, k.epoch, k.position));
                 draw(&mean, &logvar, draws)?
             }
@@ -171,7 +171,7 @@ impl Data {
         let latents = (unscaled * LATENT_SCALE)?;
         let noise = self.noise.draw_batch(&prepared.keys, &latents)?;
         let n = prepared.samples.len();
-        let time_ids = Tensor::from_vec(prepared.time_ids, (n, 6), &Device::Cpu)?;
+        let time_ids = Tensor::from_vec(prepared.time_ids, (n, 6), vae.device())?;
         Ok(MicroBatch { latents, noise, ids: prepared.ids, chunks: self.chunks, time_ids })
     }
 

@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use dist::Handle;
 use ops::{F32, Parameter};
 
@@ -140,7 +140,7 @@ fn values(bucket: &[usize], sizes: &[usize], trained: &[Trained]) -> candle_core
         let gradient = trained[index].parameter.grad();
         present.push(if gradient.is_some() { 1.0 } else { 0.0 });
         match gradient {
-            Some(gradient) => values.extend_from_slice(&F32::new(&gradient)?),
+            Some(gradient) => values.extend_from_slice(&F32::new(&gradient.to_device(&Device::Cpu)?)?),
             None => values.resize(values.len() + sizes[index], 0.0),
         }
     }
@@ -150,7 +150,7 @@ fn values(bucket: &[usize], sizes: &[usize], trained: &[Trained]) -> candle_core
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::DType;
     use dist::{Launcher, Options, ProcessGroup, World, launch::free_port};
     use lokr::ParameterGroup;
     use ops::Value;

@@ -112,7 +112,7 @@ fn encode_batch(config: &RunConfig, dataset: &Dataset, cache: &LatentCache, vae:
 /// # Errors
 /// If a latent is not finite, or the cache cannot be written.
 pub fn keep(cache: &LatentCache, vae: &AutoencoderKL, pixels: &Tensor, items: &[&LatentItem]) -> Result<Tensor> {
-    let (mean, logvar) = vae.encode(pixels)?;
+    let (mean, logvar) = vae.encode(&pixels.to_device(vae.device())?)?;
     let latents = draw(&mean, &logvar, items.iter().map(|item| Stream::new(0, Purpose::Posterior, item.id.number(), 0)))?;
     let [c, h, w] = [1, 2, 3].map(|i| latents.dims()[i]);
     let mut kept = Vec::with_capacity(latents.elem_count());

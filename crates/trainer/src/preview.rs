@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use diffusion::{Prediction, Sampler, SamplingPlan, Schedule, Spacing};
 use image::RgbImage;
 use ops::Value;
@@ -85,18 +85,18 @@ fn draw_recorded(model: &Sdxl, tokenizer: &Tokenizer, schedule: &Schedule, predi
     let n = if guided { 2 } else { 1 };
     // Time ids of both halves: the size itself, uncropped (sd-scripts `sdxl_lpw_stable_diffusion.py`).
     let sizes = [height, width, 0, 0, height, width].map(|v| v as f32);
-    let time_ids = Tensor::from_vec(sizes.repeat(n), (n, 6), &Device::Cpu)?;
+    let time_ids = Tensor::from_vec(sizes.repeat(n), (n, 6), model.device())?;
     let vector = added_condition(&text.pooled, &time_ids)?;
 
     let plan = SamplingPlan::new(schedule, r.sampler, r.scheduler, r.steps as usize)?;
     let shape = (1, model.unet.config.in_channels, (height / factor) as usize, (width / factor) as usize);
     let noise = |step: u64| {
         let count = shape.1 * shape.2 * shape.3;
-        Tensor::from_vec(Stream::new(r.seed, Purpose::Sampler, 0, step).normal(count), shape, &Device::Cpu)
+        Tensor::from_vec(Stream::new(r.seed, Purpose::Sampler, 0, step).normal(count), shape, model.device())
     };
     let denoise = |x: &Tensor, t: f64| {
         let x = if guided { Tensor::cat(&[x, x], 0)? } else { x.clone() };
-        let t = Tensor::from_vec(vec![t as f32; n], n, &Device::Cpu)?;
+        let t = Tensor::from_vec(vec![t as f32; n], n, model.device())?;
         let out = model.unet.forward(&Value::constant(x), &t, &text.context, &vector, GradientCheckpointing::None)?;
         let out = out.tensor();
         if guided { diffusion::guide(&out.narrow(0, 0, 1)?, &out.narrow(0, 1, 1)?, r.guidance_scale) } else { Ok(out.clone()) }
@@ -119,7 +119,7 @@ fn encode(model: &Sdxl, tokenizer: &Tokenizer, r: &Request, guided: bool) -> Res
         weights[1].extend(rows.te2_weights.concat());
     }
     let rows = ids[0].len();
-    let [w1, w2] = weights.map(|w| Tensor::from_vec(w, (rows, 77), &Device::Cpu));
+    let [w1, w2] = weights.map(|w| Tensor::from_vec(w, (rows, 77), model.device()));
     Ok(model.encode_text(&ids[0], &ids[1], chunks, Some((&w1?, &w2?)), GradientCheckpointing::None)?)
 }
 

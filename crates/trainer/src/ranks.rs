@@ -11,6 +11,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use candle_core::Device;
 use dist::{ProcessGroup, World};
 use ops::F32;
 use optim::{Optimizer, StateDtype, StateTensor};
@@ -135,7 +136,7 @@ impl Ranks {
             return Ok(());
         }
         let adapter = self.bytes_of_first("the adapter of the checkpoint", adapter_bytes(trained)?)?;
-        let (described, bytes) = optimizer_state(optimizer);
+        let (described, bytes) = optimizer_state(optimizer)?;
         let described: Vec<Described> = self.value_of_first("the optimizer's tensors", described)?;
         let state = self.bytes_of_first("the optimizer's state", bytes)?;
         if self.is_first() {
@@ -166,9 +167,9 @@ impl Ranks {
         if self.count() == 1 {
             return Ok(());
         }
-        let mut own = vec![("the optimizer's state".to_string(), blake3::hash(&optimizer_state(optimizer).1).to_hex().to_string())];
+        let mut own = vec![("the optimizer's state".to_string(), blake3::hash(&optimizer_state(optimizer)?.1).to_hex().to_string())];
         for t in trained {
-            let bytes: Vec<u8> = F32::new(&t.parameter.tensor())?.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let bytes: Vec<u8> = F32::new(&t.parameter.tensor().to_device(&Device::Cpu)?)?.iter().flat_map(|v| v.to_le_bytes()).collect();
             own.push((t.parameter.name().to_string(), blake3::hash(&bytes).to_hex().to_string()));
         }
         let whole = blake3::hash(&serde_json::to_vec(&own).unwrap_or_default()).to_hex().to_string();
@@ -221,19 +222,19 @@ struct Described {
     bytes: usize,
 }
 
-fn optimizer_state(optimizer: &Optimizer) -> (Vec<Described>, Vec<u8>) {
+fn optimizer_state(optimizer: &Optimizer) -> Result<(Vec<Described>, Vec<u8>)> {
     let (mut described, mut all) = (Vec::new(), Vec::new());
-    for s in optimizer.state() {
+    for s in optimizer.state()? {
         all.extend_from_slice(&s.bytes);
         described.push(Described { eight_bit: s.dtype == StateDtype::U8, bytes: s.bytes.len(), name: s.name, shape: s.shape });
     }
-    (described, all)
+    Ok((described, all))
 }
 
 fn adapter_bytes(trained: &[Trained]) -> Result<Vec<u8>> {
     let mut all = Vec::new();
     for t in trained {
-        all.extend(F32::new(&t.parameter.tensor())?.iter().flat_map(|v| v.to_le_bytes()));
+        all.extend(F32::new(&t.parameter.tensor().to_device(&Device::Cpu)?)?.iter().flat_map(|v| v.to_le_bytes()));
     }
     Ok(all)
 }

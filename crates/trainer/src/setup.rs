@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use candle_core::Device;
 use dataset::Dataset;
 use lokr::{LokrNetwork, ParameterGroup};
 use ops::F32;
@@ -15,6 +16,7 @@ use crate::base;
 use crate::config::{Compat, ConfigError, RunConfig};
 use crate::data::Data;
 use crate::ddp::Buckets;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::event::{Event, Observer};
 use crate::latents;
@@ -65,6 +67,7 @@ pub fn open(config: &RunConfig, observe: &mut Observer) -> Result<Sources> {
     observe(Event::Note(report.to_string().trim_end().to_string()));
 
     let checkpoint = base::open_checkpoint(&config.model, config.train.compat == Some(Compat::SdScripts))?;
+    let checkpoint = checkpoint.with_device(device::choose(config.train.device)?);
     let hash = checkpoint.hash()?;
     Ok(Sources { dataset, checkpoint, hash })
 }
@@ -97,6 +100,12 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
     let hyper = config.hyper();
     hyper.check()?;
     let optimizer = Optimizer::new(config.train.optimizer, hyper, &sizes);
+    #[cfg(feature = "cuda")]
+    let optimizer = {
+        let mut optimizer = optimizer;
+        crate::on_gpu::use_device(&mut optimizer, model.device())?;
+        optimizer
+    };
     let objective = Objective {
         schedule: config.noise_schedule(),
         loss: config.loss(),
@@ -109,7 +118,7 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
     if data.caches_latents() {
         model.vae.release();
     }
-    observe(Event::Note(derived(config, &data, &sizes, &optimizer)));
+    observe(Event::Note(derived(config, &data, &sizes, &optimizer, model.device())));
     Ok(Parts { model, network, trained, optimizer, data, outputs, objective, base_hash: hash.sha256 })
 }
 
@@ -123,16 +132,16 @@ fn vae_identity(config: &RunConfig, base: &str) -> Result<String> {
 }
 
 /// The numbers that follow from the recipe.
-fn derived(config: &RunConfig, data: &Data, sizes: &[usize], optimizer: &Optimizer) -> String {
+fn derived(config: &RunConfig, data: &Data, sizes: &[usize], optimizer: &Optimizer, device: &Device) -> String {
     let t = &config.train;
     let line = data.timeline;
     let batch = t.batch_size as u64 * line.batches_per_step();
     let shared = if line.ranks > 1 { format!(" x processes {}", line.ranks) } else { String::new() };
     format!(
-        "compute f32 on {} threads; batch {} x accumulation {}{shared} = {batch} images per step\n\
+        "compute f32 on {}; batch {} x accumulation {}{shared} = {batch} images per step\n\
          {} batches and {} steps per epoch; {} steps in all ({:.2} epochs)\n\
          {} with {} trained numbers; gradient checkpointing {}",
-        rayon::current_num_threads(),
+        device::describe(device),
         t.batch_size,
         t.gradient_accumulation_steps,
         line.batches_per_epoch,
@@ -184,7 +193,7 @@ pub fn check_gradients(config: &RunConfig, trained: &[Trained]) -> Result<()> {
         }
         let mut moved = false;
         for gradient in of_part.filter_map(|t| t.parameter.grad()) {
-            moved |= F32::new(&gradient)?.iter().any(|&v| v != 0.0);
+            moved |= F32::new(&gradient.to_device(&Device::Cpu)?)?.iter().any(|&v| v != 0.0);
         }
         if !moved {
             return Err(Error::NoGradient { part: base::part_name(group), lr: base::learning_rate(config, group) });

@@ -1,6 +1,6 @@
 //! Forward and backward of one micro-batch, and the update that ends an optimizer step.
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use diffusion::{BatchNoise, LossConfig, Prediction, Schedule};
 use lokr::ParameterGroup;
 use ops::{F32, OnGradient, Parameter, Value};
@@ -138,9 +138,13 @@ pub struct Trained {
 /// L2 norm of all gradients together, before clipping; with the first tensor whose gradient is not finite, if any.
 ///
 /// # Errors
-/// If a gradient is not on the CPU.
-pub fn gradient_norm(trained: &[Trained]) -> Result<(f64, Option<String>)> {
+/// If a gradient is not f32.
+pub fn gradient_norm(trained: &[Trained], optimizer: &Optimizer) -> Result<(f64, Option<String>)> {
     let grads: Vec<(usize, Tensor)> = trained.iter().enumerate().filter_map(|(i, t)| Some((i, t.parameter.grad()?))).collect();
+    if grads.iter().any(|(_, g)| !g.device().is_cpu()) {
+        let (norm, bad) = gradient_norm_on_device(&grads, optimizer)?;
+        return Ok((norm, bad.map(|i| trained[grads[i].0].parameter.name().to_string())));
+    }
     let views = grads.iter().map(|(_, g)| F32::new(g)).collect::<candle_core::Result<Vec<_>>>()?;
     let slices: Vec<&[f32]> = views.iter().map(|v| &**v).collect();
     let norm = clip::global_norm(&slices);
@@ -153,11 +157,25 @@ pub fn gradient_norm(trained: &[Trained]) -> Result<(f64, Option<String>)> {
     Ok((norm, bad))
 }
 
+/// As [`gradient_norm`], where the gradients are on a GPU: by the optimizer's kernels if it has some, else by candle's operations,
+/// with one number for each gradient and one copy to the host. The second number is a place in `grads`.
+fn gradient_norm_on_device(grads: &[(usize, Tensor)], optimizer: &Optimizer) -> Result<(f64, Option<usize>)> {
+    #[cfg(feature = "cuda")]
+    if let Some(kernels) = optimizer.kernels() {
+        return crate::on_gpu::gradient_norm(kernels, grads);
+    }
+    let _ = optimizer;
+    let squares = |g: &Tensor| g.flatten_all()?.to_dtype(DType::F64)?.sqr()?.sum(0);
+    let sums = grads.iter().map(|(_, g)| squares(g)).collect::<candle_core::Result<Vec<_>>>()?;
+    let sums: Vec<f64> = Tensor::stack(&sums, 0)?.to_vec1()?;
+    Ok((sums.iter().sum::<f64>().sqrt(), sums.iter().position(|s| !s.is_finite())))
+}
+
 /// Clips by the global norm, steps every parameter that has a gradient at its group's rate, and forgets the gradients. A
 /// parameter without gradient gets no update and no decay.
 ///
 /// # Errors
-/// If a tensor is not on the CPU.
+/// If a tensor is not f32.
 pub fn update(
     trained: &[Trained],
     optimizer: &mut Optimizer,
@@ -168,9 +186,15 @@ pub fn update(
     let factor = clip::clip_factor(norm, max_grad_norm);
     for (index, t) in trained.iter().enumerate() {
         let Some(grad) = t.parameter.take_grad() else { continue };
+        #[cfg(feature = "cuda")]
+        if optimizer.kernels().is_some() {
+            crate::on_gpu::step(optimizer, index, &t.parameter.tensor(), &grad, factor, lr(t.group) as f32)?;
+            continue;
+        }
         let grad = if factor == 1.0 { grad } else { (grad * f64::from(factor))? };
         let value = t.parameter.tensor();
-        let mut data = F32::new(&value)?.to_vec();
+        let (host, grad) = (value.to_device(&Device::Cpu)?, grad.to_device(&Device::Cpu)?);
+        let mut data = F32::new(&host)?.to_vec();
         optimizer.step(index, &mut data, &F32::new(&grad)?, lr(t.group) as f32);
         t.parameter.set(Tensor::from_vec(data, value.shape(), value.device())?)?;
     }

@@ -10,7 +10,8 @@ use sdxl::tokenizer::Tokenizer;
 
 use crate::base::{self, all_trees, part_name, thousands};
 use crate::checkpoint;
-use crate::config::{ModelConfig, RunConfig, SavePrecision};
+use crate::config::{DeviceChoice, ModelConfig, RunConfig, SavePrecision};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::event::{Event, Observer};
 use crate::export::{self, Merge, Merged};
@@ -71,7 +72,7 @@ pub fn sample(r: &SampleRequest, observe: &mut Observer) -> Result<()> {
         let what = format!("--out {} is one file, for {} pictures", r.out.display(), r.prompts.len() as u64 * r.count);
         return Err(Error::refused(what, "give a folder"));
     }
-    let checkpoint = open_base(&r.base, r.vae.as_ref())?;
+    let checkpoint = open_base(&r.base, r.vae.as_ref())?.with_device(device::choose(DeviceChoice::Auto)?);
     let model = base::load_model(&checkpoint)?;
     if let Some((file, strength)) = &r.lokr {
         let network = LokrNetwork::from_file(file, all_trees(&model))?;

@@ -44,7 +44,7 @@ pub enum Outcome {
 /// # Errors
 /// Anything that keeps the run from starting or going on. What is saved by then stays good.
 pub fn train(config: &RunConfig, options: &Options, observe: &mut Observer) -> Result<Outcome> {
-    in_pool(config.train.threads, || train_in_pool(config, options, observe))
+    in_pool(config.train.threads, || train_in_pool(config, options, observe)).map_err(crate::device::explain)
 }
 
 /// Runs `work` on a thread of a pool of its own. Parallel loops that start on a thread of the pool need not wake the
@@ -220,7 +220,7 @@ fn train_step(
     if state.step == 0 {
         setup::check_gradients(config, trained)?;
     }
-    let (norm, bad) = step::gradient_norm(trained)?;
+    let (norm, bad) = step::gradient_norm(trained, optimizer)?;
     let withheld = !loss.is_finite() || !norm.is_finite();
     let factors = rates.at(state.step);
     if withheld {

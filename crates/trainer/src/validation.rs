@@ -1,7 +1,7 @@
 //! The loss on held-out pictures at fixed timesteps and with fixed noise: one number that can be compared within a run
 //! and between runs on the same pictures.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use dataset::{CaptionContext, Dataset, DatasetConfig, SubsetConfig};
 use diffusion::BatchNoise;
 use random::{Purpose, Stream};
@@ -61,8 +61,8 @@ impl Validation {
             let context = CaptionContext { seed: v.seed, epoch: 0, position: u64::from(number), step: 0, max_train_steps: 1 };
             let mut ids = [vec![], vec![]];
             push_ids(tokenizer, &dataset.caption(loaded.sample, context)?, chunks, &mut ids);
-            let (mean, _) = model.vae.encode(&pixels_tensor(&loaded.pixels)?)?;
-            let time_ids = Tensor::from_vec(loaded.view.time_ids.map(|t| t as f32).to_vec(), (1, 6), &Device::Cpu)?;
+            let (mean, _) = model.vae.encode(&pixels_tensor(&loaded.pixels)?.to_device(model.device())?)?;
+            let time_ids = Tensor::from_vec(loaded.view.time_ids.map(|t| t as f32).to_vec(), (1, 6), model.device())?;
             pictures.push(Picture { latents: (mean * LATENT_SCALE)?, ids, time_ids });
         }
         Ok(Some(Self { pictures, timesteps: v.timesteps.clone(), seed: v.seed, chunks }))
@@ -88,7 +88,7 @@ impl Validation {
             for &t in &self.timesteps {
                 let count = picture.latents.elem_count();
                 let noise = Stream::new(self.seed, Purpose::Validation, i as u64, u64::from(t)).normal(count);
-                let noise = Tensor::from_vec(noise, picture.latents.shape(), &Device::Cpu)?;
+                let noise = Tensor::from_vec(noise, picture.latents.shape(), model.device())?;
                 let batch = MicroBatch {
                     latents: picture.latents.clone(),
                     noise: BatchNoise { target: noise.clone(), input: noise, timesteps: vec![t] },

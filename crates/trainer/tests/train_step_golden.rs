@@ -2,6 +2,7 @@
 //! bitsandbytes recorded (tests/golden/README.md, train_step).
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use candle_core::{DType, Device, Tensor};
 use diffusion::{BatchNoise, LossConfig, Prediction, Schedule, add_offset};
@@ -21,6 +22,9 @@ fn golden(name: &str) -> PathBuf {
 
 const TINY: HeadDims = HeadDims { head_dim: 8, norm_num_groups: 8, te1_heads: 2, te2_heads: 4, vae_norm_num_groups: 16 };
 
+/// The GPU where the tests were built for one and there is one, else the CPU.
+static DEVICE: LazyLock<Device> = LazyLock::new(|| trainer::device::choose(trainer::config::DeviceChoice::Auto).unwrap());
+
 struct Recorded {
     file: SafeTensors,
     json: Json,
@@ -34,7 +38,7 @@ impl Recorded {
 
     fn get(&self, name: &str) -> Tensor {
         let info = self.file.info(name).unwrap_or_else(|| panic!("no {name}"));
-        Tensor::from_raw_buffer(self.file.bytes(name).unwrap(), DType::try_from(info.dtype).unwrap(), &info.shape, &Device::Cpu).unwrap()
+        Tensor::from_raw_buffer(self.file.bytes(name).unwrap(), DType::try_from(info.dtype).unwrap(), &info.shape, &DEVICE).unwrap()
     }
 
     fn numbers(&self, key: &str, run: &str) -> Vec<Json> {
@@ -68,6 +72,7 @@ struct Setup {
 
 fn setup(r: &Recorded, untransposed: bool) -> (Setup, LokrNetwork) {
     let mut checkpoint = Checkpoint::open(&golden("tiny-sdxl.safetensors")).unwrap().with_head_dims(TINY);
+    checkpoint = checkpoint.with_device(DEVICE.clone());
     checkpoint.untransposed_text_projection(untransposed);
     let model = Sdxl::load(&checkpoint, DType::F32).unwrap();
     let preset = Preset::load(golden("lokr-preset.toml").to_str().unwrap()).unwrap();
@@ -100,6 +105,8 @@ fn run(kind: OptimizerKind, name: &str, untransposed: bool, weights: Option<(&st
         };
         let sizes: Vec<usize> = trained.iter().map(|t| t.parameter.tensor().elem_count()).collect();
         let mut optimizer = Optimizer::new(kind, Hyper { betas: (0.9, 0.95), weight_decay: number("weight_decay"), eps: 1e-8 }, &sizes);
+        #[cfg(feature = "cuda")]
+        trainer::on_gpu::use_device(&mut optimizer, &DEVICE).unwrap();
         let losses = r.numbers("losses", name);
         let norms = r.numbers("grad_norm", name);
         let max_grad_norm = r.json["max_grad_norm"][name].as_f64().unwrap();
@@ -117,7 +124,7 @@ fn run(kind: OptimizerKind, name: &str, untransposed: bool, weights: Option<(&st
             if kind == OptimizerKind::Lion && !untransposed && [0, 3].contains(&s) {
                 check_gradients(&r, &trained, s);
             }
-            let (norm, bad) = step::gradient_norm(&trained).unwrap();
+            let (norm, bad) = step::gradient_norm(&trained, &optimizer).unwrap();
             assert_eq!(bad, None);
             // Of the `untransposed` run only the losses are meant to be compared (tests/golden/README.md).
             if let Some(want) = norms[s].as_f64().filter(|_| !untransposed) {

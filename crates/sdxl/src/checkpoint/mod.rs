@@ -171,9 +171,21 @@ pub struct Checkpoint {
     untransposed: bool,
     head_dims: Option<HeadDims>,
     described: described::Described,
+    device: Device,
 }
 
 impl Checkpoint {
+    /// The same checkpoint; networks built from it live on `device`.
+    pub fn with_device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// Where networks built from it live: the CPU if nothing else was asked for.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// In which form it lies on disk.
     pub fn layout(&self) -> Layout {
         self.layout

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
 use serde_json::Value;
 use storage::safetensors::SafeTensors;
 
@@ -124,6 +125,7 @@ impl Checkpoint {
             untransposed: false,
             head_dims: None,
             described: Default::default(),
+            device: Device::Cpu,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use optim::{Optimizer, StateDtype, StateTensor};
 use serde::{Deserialize, Serialize};
 use storage::safetensors::{Dtype, SafeTensors};
@@ -166,7 +166,7 @@ impl Found {
                 let what = format!("{name} is {:?} {:?}, the recipe's adapter has f32 {:?}", info.dtype, info.shape, want.dims());
                 return Err(damaged(&self.path, what));
             }
-            t.parameter.set(Tensor::from_raw_buffer(bytes, candle_core::DType::F32, &info.shape, &Device::Cpu)?)?;
+            t.parameter.set(Tensor::from_raw_buffer(bytes, candle_core::DType::F32, &info.shape, want.device())?)?;
         }
         if file.names().count() != trained.len() {
             let what = format!("{ADAPTER} has {} tensors, the recipe's adapter {}", file.names().count(), trained.len());

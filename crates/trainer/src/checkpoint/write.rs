@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::Device;
 use ops::F32;
 use optim::{Optimizer, StateDtype};
 use storage::safetensors::{Dtype, TensorSource};
@@ -32,12 +33,13 @@ impl Snapshot {
     /// Copies the trained tensors, the optimizer's state and the rest.
     ///
     /// # Errors
-    /// If a tensor is not on the CPU.
+    /// If a tensor cannot be copied to the host.
     pub fn take(trained: &[Trained], optimizer: &Optimizer, state: RunState, recipe: String) -> Result<Self> {
         let mut adapter = Vec::with_capacity(trained.len());
         for t in trained {
             let tensor = t.parameter.tensor();
-            let bytes = F32::new(&tensor)?.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let on_cpu = tensor.to_device(&Device::Cpu)?;
+            let bytes = F32::new(&on_cpu)?.iter().flat_map(|v| v.to_le_bytes()).collect();
             adapter.push(Owned { name: t.parameter.name().to_string(), dtype: Dtype::F32, shape: tensor.dims().to_vec(), bytes });
         }
         let dtype = |d| match d {
@@ -45,7 +47,7 @@ impl Snapshot {
             StateDtype::F32 => Dtype::F32,
         };
         let own = |s: optim::StateTensor| Owned { name: s.name, dtype: dtype(s.dtype), shape: s.shape, bytes: s.bytes.into_owned() };
-        Ok(Self { adapter, optimizer: optimizer.state().into_iter().map(own).collect(), state, recipe })
+        Ok(Self { adapter, optimizer: optimizer.state()?.into_iter().map(own).collect(), state, recipe })
     }
 
     /// Steps finished at the time of the snapshot.

@@ -36,7 +36,7 @@ pub use self::render::{reference, template};
 pub use self::sections::{
     ModelConfig, NetworkConfig, OutputConfig, PromptConfig, Resume, SampleConfig, SavePrecision, ValidationConfig, WeightDtype,
 };
-pub use self::train::{Compat, MixedPrecision, OnNonFinite, StepCount, TextEncoderLr, TrainConfig};
+pub use self::train::{Compat, DeviceChoice, MixedPrecision, OnNonFinite, StepCount, TextEncoderLr, TrainConfig};
 
 /// A recipe, read and complete: every key has its value.
 #[derive(Clone, Debug, Default, PartialEq)]

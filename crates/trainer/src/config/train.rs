@@ -19,6 +19,18 @@ choice! {
     }
 }
 
+choice! {
+    /// Where a run computes.
+    DeviceChoice {
+        /// The GPU of this process where the program was built for GPUs and there is one, else the CPU.
+        Auto = "auto",
+        /// The CPU.
+        Cpu = "cpu",
+        /// The GPU of this process: number `LOCAL_RANK` of those that are visible.
+        Cuda = "cuda",
+    }
+}
+
 /// Makes an enum with `ALL` and `name` a [`Setting`].
 macro_rules! listed_setting {
     ($($ty:ty),+) => {$(
@@ -228,6 +240,9 @@ section! {
         /// Optimizer steps between checks that all processes hold the same weights. They are checked at the start and before
         /// each checkpoint in any case.
         ddp_check_every_n_steps: Option<u64> = None, ours;
+        /// Where to compute. "cuda": the GPU with the number of this process on its machine (`LOCAL_RANK`; 0 for a single process), of
+        /// those that `CUDA_VISIBLE_DEVICES` leaves. "auto": that GPU where the program was built for GPUs and there is one, else the CPU.
+        device: DeviceChoice = DeviceChoice::Auto, ours;
         /// Threads for computing. If absent: one for each core.
         threads: Option<usize> = None, ours;
     }

@@ -1,0 +1,174 @@
+//! The program with its CUDA features, on stand-ins for NVIDIA's libraries (tools/dry-gpu): what it computes, what it asks of the
+//! GPU, and what it says when the driver fails. `scripts/check-cuda.sh test` builds both and sets `LOKR_CUDA_BINARY` and
+//! `LOKR_DRY_GPU`; without them these tests have nothing to run, and say so.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::support::*;
+
+/// The CUDA program and the folder of the stand-ins.
+fn dry() -> Option<(PathBuf, PathBuf)> {
+    let found = std::env::var_os("LOKR_CUDA_BINARY").zip(std::env::var_os("LOKR_DRY_GPU"));
+    if found.is_none() {
+        eprintln!("skipped: the CUDA program and the stand-ins are not built (scripts/check-cuda.sh test)");
+    }
+    found.map(|(binary, dry)| (binary.into(), dry.into()))
+}
+
+/// What a run asked of its GPU: calls and bytes by name. Kernels are named "kernel NAME".
+struct Asked(BTreeMap<String, (u64, u64)>);
+
+impl Asked {
+    fn calls(&self, name: &str) -> u64 {
+        self.0.get(name).map_or(0, |c| c.0)
+    }
+
+    fn bytes(&self, name: &str) -> u64 {
+        self.0.get(name).map_or(0, |c| c.1)
+    }
+
+    /// Calls of all names that begin so.
+    fn all(&self, prefix: &str) -> u64 {
+        self.0.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, c)| c.0).sum()
+    }
+}
+
+/// Trains the world's recipe on the stand-ins.
+fn train(world: &World, set: &[&str], variables: &[(&str, &str)]) -> Option<(Ran, Asked)> {
+    let (binary, dry) = dry()?;
+    let report = world.path("gpu-report.txt");
+    let mut command = Command::new(binary);
+    command.args(arguments(set)).current_dir(&world.folder).env("LD_LIBRARY_PATH", dry).env("DRY_GPU_REPORT", &report);
+    command.env_remove("RUST_LOG").env_remove("RUST_BACKTRACE").envs(variables.iter().copied());
+    let output = command.output().expect("the program starts");
+    let ran = Ran {
+        status: output.status.code(),
+        out: String::from_utf8_lossy(&output.stdout).into_owned(),
+        err: String::from_utf8_lossy(&output.stderr).into_owned(),
+    };
+    assert!(!ran.err.contains("panicked"), "{}", ran.all());
+    let asked = std::fs::read_to_string(report).unwrap_or_default();
+    let line = |line: &str| {
+        let mut parts = line.split('\t');
+        let (name, calls) = (parts.next()?, parts.next()?.parse().ok()?);
+        Some((name.to_string(), (calls, parts.next().and_then(|b| b.parse().ok()).unwrap_or(0))))
+    };
+    Some((ran, Asked(asked.lines().filter_map(line).collect())))
+}
+
+/// Losses of a finished run.
+fn losses(world: &World) -> Vec<f64> {
+    metrics(&world.run()).iter().filter_map(|m| m["loss"].as_f64()).collect()
+}
+
+#[test]
+fn the_losses_are_those_of_the_cpu() {
+    let (gpu, cpu) = (World::new("dry-gpu"), World::new("dry-cpu"));
+    let set = ["train.optimizer=\"Lion8bit\"", "train.max_train_steps=3"];
+    let Some((ran, asked)) = train(&gpu, &set, &[]) else { return };
+    let ran = ran.good();
+    assert!(ran.out.contains("compute f32 on Dry GPU with 24.0 GiB (GPU 0, cuDNN)"), "{}", ran.out);
+    assert!(asked.all("kernel ") > 1000 && asked.calls("gemm f32") > 100 && asked.calls("conv f32") > 100);
+    cpu.train(&set).good();
+    let (gpu, cpu) = (losses(&gpu), losses(&cpu));
+    assert_eq!((gpu.len(), cpu.len()), (3, 3));
+    for (step, (a, b)) in gpu.iter().zip(&cpu).enumerate() {
+        // Sums of some thousand f32 in another order; where an update cancels, its sign may fall the other way.
+        assert!((a / b - 1.0).abs() < 1e-4, "step {}: {a} on the GPU, {b} on the CPU", step + 1);
+    }
+}
+
+#[test]
+fn checkpoints_go_from_the_gpu_to_the_gpu_and_a_stopped_run_ends_with_the_same_bytes() {
+    let (whole, parts) = (World::new("dry-whole"), World::new("dry-parts"));
+    let set = ["train.optimizer=\"Lion8bit\"", "train.max_train_steps=4"];
+    if train(&whole, &set, &[]).is_none() {
+        return;
+    }
+    // Stopped by a failing GPU: the checkpoint of step 2 is what is left.
+    let launches = train(&parts, &["train.optimizer=\"Lion8bit\"", "train.max_train_steps=3", "output.dir=\"probe\""], &[]);
+    let (_, asked) = launches.expect("it ran before");
+    let fail = format!("launch:{}", asked.calls("launches") - 100);
+    let (ran, _) = train(&parts, &set, &[("DRY_GPU_FAIL", &fail)]).expect("it ran before");
+    assert_eq!(ran.status, Some(1), "{}", ran.all());
+    assert!(
+        ran.err.contains("the GPU failed (CUDA_ERROR_LAUNCH_FAILED)") && ran.err.contains("hint: the last checkpoint is good"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(checkpoints(&parts.run()), ["step-00000002"]);
+    let (ran, _) = train(&parts, &set, &[]).expect("it ran before");
+    assert!(ran.good().out.contains("2 of 4 steps done"));
+    for file in ["adapter.safetensors", "optimizer.safetensors"] {
+        assert_same_file(checkpoint(&whole.run(), 4).join(file), checkpoint(&parts.run(), 4).join(file));
+    }
+}
+
+#[test]
+fn a_step_asks_the_gpu_for_what_it_asked_before() {
+    let world = World::new("dry-counts");
+    let run = |steps: u32, accumulation: u32| {
+        let (steps, dir) = (format!("train.max_train_steps={steps}"), format!("output.dir=\"run-{steps}-{accumulation}\""));
+        let accumulation = format!("train.gradient_accumulation_steps={accumulation}");
+        // One bucket, so that all batches are alike.
+        let set = [
+            "train.optimizer=\"Lion8bit\"",
+            "dataset.enable_bucket=false",
+            "train.batch_size=1",
+            "dataset.cache_latents=true",
+            "output.save_every_n_steps=100",
+            &*steps,
+            &*dir,
+            &*accumulation,
+        ];
+        train(&world, &set, &[("DRY_GPU_DEPTH", "walk")]).map(|(ran, asked)| {
+            ran.good();
+            asked
+        })
+    };
+    let (Some(two), Some(three), Some(long)) = (run(2, 1), run(3, 1), run(2, 2)) else { return };
+    let of_step = |name: &str| three.calls(name) - two.calls(name);
+    let of_batch = |name: &str| (long.calls(name) - two.calls(name)) / 2;
+    println!(
+        "a step of one batch: {} launches, {} copies to the GPU ({} bytes), {} to the host ({} bytes), {} synchronisations, {} allocations; peak {} bytes",
+        of_step("launches"),
+        of_step("copy to device"),
+        three.bytes("copy to device") - two.bytes("copy to device"),
+        of_step("copy to host"),
+        three.bytes("copy to host") - two.bytes("copy to host"),
+        three.all("synchronise") - two.all("synchronise"),
+        of_step("allocations"),
+        two.calls("memory peak"),
+    );
+    println!("a further batch: {} launches, {} copies to the host", of_batch("launches"), of_batch("copy to host"));
+    // Inside the accumulation window the host waits once for each batch: for its loss.
+    assert_eq!(of_batch("copy to host"), 1, "a batch of the accumulation window makes the host wait");
+    assert_eq!(long.all("synchronise"), two.all("synchronise"));
+    // Nothing is left behind from step to step.
+    assert_eq!(three.calls("memory peak"), two.calls("memory peak"));
+}
+
+#[test]
+fn what_the_driver_refuses_becomes_a_message_with_a_way_out() {
+    let world = World::new("dry-errors");
+    let Some((ran, _)) = train(&world, &["train.device=\"cuda\""], &[("DRY_GPU_COUNT", "0")]) else { return };
+    let text = ran.refusal();
+    assert!(text.contains("there is no GPU number 0: this process sees 0") && text.contains("train.device = \"cpu\""), "{text}");
+    let (ran, _) = train(&world, &[], &[("LOCAL_RANK", "1")]).expect("it ran before");
+    let text = ran.refusal();
+    assert!(text.contains("there is no GPU number 1: this process sees 1") && text.contains("CUDA_VISIBLE_DEVICES"), "{text}");
+    let (ran, _) = train(&world, &[], &[("LOCAL_RANK", "first")]).expect("it ran before");
+    assert!(ran.refusal().contains("LOCAL_RANK is \"first\""));
+
+    // Memory ends while weights are loaded, and in the middle of a step.
+    for variable in [("DRY_GPU_MEMORY", "2000000"), ("DRY_GPU_FAIL", "alloc:20000")] {
+        let (ran, _) = train(&world, &[], &[variable]).expect("it ran before");
+        let text = ran.refusal();
+        assert!(text.contains("the GPU has not enough free memory") && text.contains("train.batch_size"), "{text}");
+    }
+    // Without a GPU, "auto" is the CPU.
+    let (ran, _) = train(&world, &["train.max_train_steps=1"], &[("DRY_GPU_COUNT", "0")]).expect("it ran before");
+    assert!(ran.good().out.contains("compute f32 on 1 threads"));
+}
