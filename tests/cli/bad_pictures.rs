@@ -132,3 +132,36 @@ fn odd_captions_are_trained_on() {
     let ran = world.train(&["train.max_train_steps=3"]).ended_with(0);
     assert_eq!(steps_in_metrics(&world.run()), [1, 2, 3], "{}", ran.all());
 }
+
+/// The header of a PNG of this size, with nothing behind it.
+fn png_header(width: u32, height: u32) -> Vec<u8> {
+    let mut chunk = b"IHDR".to_vec();
+    chunk.extend([width.to_be_bytes(), height.to_be_bytes()].concat());
+    chunk.extend([8, 2, 0, 0, 0]);
+    let crc = !chunk
+        .iter()
+        .fold(!0u32, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |c, _| if c & 1 == 1 { (c >> 1) ^ 0xedb8_8320 } else { c >> 1 }));
+    [&b"\x89PNG\r\n\x1a\n\0\0\0\x0d"[..], &chunk, &crc.to_be_bytes()].concat()
+}
+
+#[test]
+fn empty_huge_and_mislabelled_pictures_are_told_by_their_content() {
+    let world = World::new("pictures-hostile");
+    let put = |name: &str, content: &[u8]| {
+        std::fs::write(world.path("pictures").join(name), content).expect("written");
+        std::fs::write(world.path("pictures").join(name).with_extension("txt"), "disk").expect("written");
+    };
+    put("empty.png", b"");
+    put("huge.png", &png_header(2_000_000_000, 2_000_000_000));
+    put("large.png", &png_header(40_000, 40_000));
+    put("text.jpg", b"not a picture at all, whatever its name says");
+    // A PNG by content under a JPEG's name is a picture.
+    put("png.jpg", &bytes(world.path("held-out/10.png")));
+    let ran = world.train(&["train.max_train_steps=3"]).ended_with(0);
+    assert!(ran.out.contains("images: 14 found, 10 used"), "{}", ran.all());
+    for name in ["empty.png: ", "huge.png: ", "large.png: ", "text.jpg: "] {
+        assert_eq!(ran.lines(&format!("pictures/{name}")).len(), 1, "{name} {}", ran.all());
+    }
+    assert!(!ran.out.contains("pictures/png.jpg: "), "{}", ran.all());
+    assert_eq!(steps_in_metrics(&world.run()), [1, 2, 3]);
+}

@@ -106,3 +106,61 @@ fn a_named_checkpoint_that_is_not_there_is_an_error() {
     ");
     assert!(before == contents(finished.run()));
 }
+
+#[test]
+fn what_is_skipped_is_not_read() {
+    let indexed = |name: &str| {
+        let world = World::new(name);
+        world.lokr(&["dataset", "index", "--out", "pictures.sqlite", "pictures"]).good();
+        world
+    };
+    // Over an index no picture is opened before its step. One epoch, so that each picture belongs to one step.
+    let set = [
+        "train.max_train_steps=3",
+        "dataset.subsets[0].index=pictures.sqlite",
+        "dataset.cache_latents=false",
+        "dataset.on_broken_image=fail",
+        "output.save_every_n_steps=1",
+        "output.keep_last=9",
+    ];
+    let whole = indexed("skipped-whole");
+    whole.train(&set).good();
+    let of_step = |step: &str| {
+        let set: Vec<&str> = set.iter().flat_map(|s| ["--set", s]).collect();
+        let told = whole.lokr(&[&["dataset", "caption", "--config", "recipe.toml", "--step", step], &set[..]].concat()).good();
+        let start = format!("step {step}, epoch 0, ");
+        told.out.lines().filter_map(|l| l.strip_prefix(&start)).map(str::to_string).collect::<Vec<_>>()
+    };
+    let steps = ["0", "1", "2"].map(of_step);
+    assert_eq!(steps.iter().map(Vec::len).sum::<usize>(), 9, "each picture once: {steps:?}");
+    for done in 1..=2 {
+        let world = indexed(&format!("skipped-{done}"));
+        copy_folder(&checkpoint(&whole.run(), done as u64), &checkpoint(&world.run(), done as u64));
+        // What the steps before have seen is gone; only what is still to be seen is there.
+        steps[..done].iter().flatten().for_each(|path| std::fs::remove_file(world.path(path)).expect("removed"));
+        let ran = world.train(&set).good();
+        assert!(ran.lines("resuming from")[0].ends_with(&format!("sample {}", steps[done][0])), "{}", ran.all());
+        assert_same_folder(checkpoint(&whole.run(), 3), checkpoint(&world.run(), 3));
+        // And the test can fail: without a picture that is still to be seen, the run ends with its name.
+        _ = std::fs::remove_dir_all(checkpoint(&world.run(), 3));
+        std::fs::remove_file(world.path(&steps[2][0])).expect("removed");
+        assert!(world.train(&set).refusal_with(&steps[2][0]), "it went on without {}", steps[2][0]);
+    }
+}
+
+#[test]
+fn lost_lines_of_the_metrics_come_back_from_the_checkpoint() {
+    let (whole, lossy) = (World::new("metrics-whole"), World::new("metrics-lost"));
+    whole.train(&[]).good();
+    lossy.train(&["train.max_train_steps=4"]).good();
+    // Lines are not synced: a power loss may take the last ones, or the file.
+    let lines = text(lossy.run().join("metrics.jsonl"));
+    std::fs::write(lossy.run().join("metrics.jsonl"), lines.split_inclusive('\n').take(1).collect::<String>()).expect("written");
+    lossy.train(&[]).good();
+    assert_eq!(steps_in_metrics(&lossy.run()), [1, 2, 3, 4, 5, 6, 7]);
+    let numbers = |w: &World| metrics(&w.run()).iter().map(|l| (l["loss"].clone(), l["grad_norm"].clone())).collect::<Vec<_>>();
+    assert_eq!(numbers(&whole), numbers(&lossy));
+    let timed: Vec<bool> = metrics(&lossy.run()).iter().map(|l| l.get("seconds").is_some()).collect();
+    assert_eq!(timed, [true, false, false, false, true, true, true], "nothing is invented where nothing is known");
+    assert_same_folder(checkpoint(&whole.run(), 7), checkpoint(&lossy.run(), 7));
+}

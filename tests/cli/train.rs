@@ -65,11 +65,13 @@ fn a_run_leaves_adapter_metrics_previews_checkpoints_and_recipe() {
     assert_snapshot!(listing(world.run()).join("\n"), @"
     checkpoints/step-00000006/adapter.safetensors
     checkpoints/step-00000006/manifest.json
+    checkpoints/step-00000006/metrics.jsonl
     checkpoints/step-00000006/optimizer.safetensors
     checkpoints/step-00000006/recipe.toml
     checkpoints/step-00000006/state.json
     checkpoints/step-00000007/adapter.safetensors
     checkpoints/step-00000007/manifest.json
+    checkpoints/step-00000007/metrics.jsonl
     checkpoints/step-00000007/optimizer.safetensors
     checkpoints/step-00000007/recipe.toml
     checkpoints/step-00000007/state.json

@@ -62,6 +62,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let report = verify(&args.run)?;
             report.good.iter().for_each(|line| println!("good  {line}"));
             report.bad.iter().for_each(|line| println!("BAD   {line}"));
+            report.skipped.iter().for_each(|line| println!("skip  {line}"));
             println!("{} good, {} bad", report.good.len(), report.bad.len());
             if !report.bad.is_empty() {
                 return Ok(ExitCode::FAILURE);

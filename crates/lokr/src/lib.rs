@@ -35,7 +35,7 @@ mod tests;
 pub use config::NetworkConfig;
 pub use error::{Error, Result};
 pub use factorization::factorization;
-pub use file::{SaveDtype, SaveOptions};
+pub use file::{FOLDED, FOLDED_KEY, SaveDtype, SaveOptions};
 pub use group::ParameterGroup;
 pub use inspect::{FileGroup, FileSummary, inspect};
 pub use kernel::Layer;

@@ -5,6 +5,8 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use crate::error::folder_of;
+use crate::whole::sync_folder;
 use crate::{Error, Result};
 
 /// Length of a file in bytes.
@@ -152,12 +154,15 @@ fn append(path: &Path, line: &str) -> io::Result<()> {
     file.write_all(&bytes)
 }
 
-/// Creates a folder and those above it; no error if it exists.
+/// Creates a folder and those above it; no error if it exists. The folders that hold new ones are synced: what is synced
+/// in a new folder later would be lost with the folder's own name.
 ///
 /// # Errors
 /// [`Error::Io`], also where a file stands in the way.
 pub fn create_dir_all(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).map_err(Error::io("create the folder", path))
+    let new: Vec<&Path> = path.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).collect();
+    fs::create_dir_all(path).map_err(Error::io("create the folder", path))?;
+    new.into_iter().rev().try_for_each(|folder| sync_folder(folder_of(folder)))
 }
 
 /// Deletes a file.

@@ -102,7 +102,7 @@ pub fn is_scratch(path: &Path) -> bool {
 }
 
 /// Makes a rename last. Windows has no such call; some network file systems refuse it, and have nothing better to offer.
-fn sync_folder(folder: &Path) -> Result<()> {
+pub(crate) fn sync_folder(folder: &Path) -> Result<()> {
     if cfg!(not(unix)) {
         return Ok(());
     }

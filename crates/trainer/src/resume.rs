@@ -78,7 +78,19 @@ fn recipe_accumulation(found: &Found) -> Option<usize> {
     usize::try_from(recipe.get("train")?.get("gradient_accumulation_steps")?.as_integer()?).ok()
 }
 
-/// Refuses a checkpoint whose recipe, data or base model is another one.
+/// The state with its place in the plan: that of the step after `state.step`.
+///
+/// # Errors
+/// If the plan of that step's epoch cannot be made.
+pub fn position(state: &RunState, data: &Data) -> Result<RunState> {
+    let (epoch, range) = data.timeline.window(state.step);
+    let plan = data.plan(epoch)?;
+    let next_sample = plan.batch(range.start as usize).and_then(|b| b.entries.first().map(|e| e.sample));
+    Ok(RunState { epoch, next_sample, plan_fingerprint: plan.fingerprint().into(), ..state.clone() })
+}
+
+/// Refuses a checkpoint whose recipe, data or base model is another one; or whose place in the plan is, though all those are the same.
+/// `now`: what the checkpoint's state would be here, with [`position`].
 ///
 /// # Errors
 /// [`Error::RecipeChanged`] with all differences.
@@ -92,6 +104,10 @@ pub fn refuse_changes(found: &Found, recipe: &str, now: &RunState, options: &Opt
     }
     if found.state.base_hash != now.base_hash {
         differences.push("model.base: another file than the checkpoint's".into());
+    }
+    let place = |state: &RunState| (state.plan_fingerprint.clone(), state.epoch, state.next_sample);
+    if differences.is_empty() && place(&found.state) != place(now) {
+        differences.push(format!("the order of the pictures: lokr {} made another plan of the same recipe and pictures", found.state.lokr));
     }
     if differences.is_empty() || options.allow_recipe_change {
         return Ok(());
@@ -126,6 +142,8 @@ mod tests {
             lokr: String::new(),
             step: 3,
             samples_seen: 0,
+            epoch: 0,
+            next_sample: None,
             loss_average: 0.0,
             withheld_steps: 0,
             consecutive_withheld: 0,
@@ -135,7 +153,7 @@ mod tests {
             dataset_fingerprint: String::new(),
             base_hash: String::new(),
         };
-        Found { path: "run/checkpoints/step-00000003".into(), state, recipe: with(accumulation).to_toml() }
+        Found { path: "run/checkpoints/step-00000003".into(), state, recipe: with(accumulation).to_toml(), metrics: String::new() }
     }
 
     fn with(accumulation: usize) -> RunConfig {
@@ -169,6 +187,10 @@ mod tests {
                 refuse_changes(&found, &with(same).to_toml(), &now, &Options::default()).expect("the same steps are no change");
             }
         }
+        let found = saved(1, 1);
+        let other = RunState { next_sample: Some(7), ..found.state.clone() };
+        let refused = refuse_changes(&found, &with(1).to_toml(), &other, &Options::default()).expect_err("another plan").to_string();
+        assert!(refused.contains("the order of the pictures: "), "{refused}");
         let free = Options { allow_recipe_change: true, ..Options::default() };
         assert_eq!(accumulation(&with(1), Some(&saved(1, 4)), 3, &free, &mut |_| ()).ok(), Some(1));
         assert_eq!(accumulation(&with(5), None, 3, &Options::default(), &mut |_| ()).ok(), Some(5));

@@ -44,7 +44,19 @@ pub enum Outcome {
 /// # Errors
 /// Anything that keeps the run from starting or going on. What is saved by then stays good.
 pub fn train(config: &RunConfig, options: &Options, observe: &mut Observer) -> Result<Outcome> {
-    in_pool(config.train.threads, || train_in_pool(config, options, observe)).map_err(crate::device::explain)
+    let mut started = false;
+    let mut watch = |event: Event| {
+        started |= matches!(event, Event::Start { .. });
+        observe(event);
+    };
+    let outcome = in_pool(config.train.threads, || train_in_pool(config, options, &mut watch)).map_err(crate::device::explain);
+    // By now the writer has ended, whatever ended the steps.
+    if outcome.is_err() && started {
+        let (found, _) = checkpoint::find_newest_whole(&config.output.dir)?;
+        let last = found.map_or_else(|| "none was written yet".into(), |f| f.path.display().to_string());
+        observe(Event::Note(format!("the last good checkpoint: {last}")));
+    }
+    outcome
 }
 
 /// Runs `work` on a thread of a pool of its own. Parallel loops that start on a thread of the pool need not wake the
@@ -83,6 +95,8 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         lokr: env!("CARGO_PKG_VERSION").into(),
         step: 0,
         samples_seen: 0,
+        epoch: 0,
+        next_sample: None,
         loss_average: 0.0,
         withheld_steps: 0,
         consecutive_withheld: 0,
@@ -92,9 +106,10 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         dataset_fingerprint: data.dataset.fingerprint(),
         base_hash,
     };
-    let from = found.as_ref().map(|found| found.path.clone());
+    let (from, tail) = found.as_ref().map(|found| (found.path.clone(), found.metrics.clone())).unzip();
     if let Some(found) = found {
-        resume::refuse_changes(&found, &recipe, &state, options)?;
+        let now = resume::position(&RunState { step: found.state.step, ..state.clone() }, &data)?;
+        resume::refuse_changes(&found, &recipe, &now, options)?;
         if ranks.is_first() {
             found.restore(&trained, &mut optimizer)?;
         }
@@ -105,11 +120,13 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     }
     if let Some(outputs) = &outputs {
         storage::write_whole(&run.join("recipe.toml"), recipe.as_bytes())?;
-        checkpoint::clean(&run)?;
+        checkpoint::clean(&run, &config.output.name)?;
         for path in checkpoint::set_aside(&run, from.as_deref(), state.step)? {
             observe(Event::Warning(format!("a checkpoint that this run does not go on from is kept as {}", path.display())));
         }
-        outputs.metrics.keep_until(state.step)?;
+        // A kill may have come between the newest checkpoint and the deletion of older ones.
+        checkpoint::delete_old(&run, config.output.keep_last, config.output.keep_every)?;
+        outputs.metrics.keep_until(state.step, &tail.unwrap_or_default())?;
         outputs.before_first_step(state.step, &model, observe)?;
         if state.step > 0 {
             outputs.complete(&network, state.step, state.step == timeline.total_steps, &model, observe)?;
@@ -125,8 +142,8 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     observe(Event::Start { done: state.step, total: timeline.total_steps });
     while state.step < timeline.total_steps {
         if ranks.group.any("stop", options.interrupt.requested())? {
-            if ranks.is_first() {
-                save(&config, &trained, &optimizer, &state, &data, &recipe, &mut writer)?;
+            if let Some(outputs) = &outputs {
+                save(&config, &trained, &optimizer, &state, &data, &recipe, outputs.metrics.tail()?, &mut writer)?;
             }
             writer.finish(observe)?;
             observe(Event::Note(format!("stopped after step {} of {}; run the same command to go on", state.step, timeline.total_steps)));
@@ -144,7 +161,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
             outputs.metrics.write(&report)?;
             observe(Event::Step(report));
             if save_due {
-                save(&config, &trained, &optimizer, &state, &data, &recipe, &mut writer)?;
+                save(&config, &trained, &optimizer, &state, &data, &recipe, outputs.metrics.tail()?, &mut writer)?;
                 ranks.fault.at("checkpoint", state.step);
                 match outputs.export(&network, state.step, last, observe) {
                     Err(error) if !last => observe(not_saved("LoKr file", &error)),
@@ -300,6 +317,7 @@ impl StepRates {
 }
 
 /// Hands a snapshot to the writer.
+#[allow(clippy::too_many_arguments)]
 fn save(
     config: &RunConfig,
     trained: &[Trained],
@@ -307,11 +325,10 @@ fn save(
     state: &RunState,
     data: &Data,
     recipe: &str,
+    metrics: String,
     writer: &mut Writer,
 ) -> Result<()> {
-    let (epoch, _) = data.timeline.window(state.step);
-    let state = RunState { plan_fingerprint: data.plan(epoch)?.fingerprint().into(), ..state.clone() };
-    let snapshot = Snapshot::take(trained, optimizer, state, recipe.into())?;
+    let snapshot = Snapshot::take(trained, optimizer, resume::position(state, data)?, recipe.into(), metrics)?;
     writer.start(snapshot, &config.output)
 }
 

@@ -56,6 +56,11 @@ impl Ran {
         self.err
     }
 
+    /// Whether the command ended with status 1 and an error about `what`.
+    pub fn refusal_with(&self, what: &str) -> bool {
+        self.status == Some(1) && self.err.contains("error: ") && self.err.contains(what)
+    }
+
     /// The lines of standard output that contain `part`.
     pub fn lines(&self, part: &str) -> Vec<&str> {
         self.out.lines().filter(|l| l.contains(part)).collect()
@@ -100,6 +105,14 @@ pub fn program_path() -> PathBuf {
 pub fn lokr(folder: &Path, args: &[&str]) -> Ran {
     let ran = command(folder, args).output().expect("the program starts");
     Ran::new(ran.status, &ran.stdout, &ran.stderr)
+}
+
+/// Runs `lokr` in a folder with `shim.c` between it and the system's library, told by these variables what to do. `None`, with a line
+/// that says so, where it cannot be compiled or loaded.
+pub fn lokr_with_shim(folder: &Path, variables: &[(&str, &str)], args: &[&str]) -> Option<Ran> {
+    let built = super::shim()?;
+    let ran = command(folder, args).env("LD_PRELOAD", built).envs(variables.iter().copied()).output().expect("the program starts");
+    Some(Ran::new(ran.status, &ran.stdout, &ran.stderr))
 }
 
 /// Runs `lokr` in a folder, in a mount namespace in which the commands of `before` were run first and those of `after` are run at
@@ -163,6 +176,23 @@ impl Running {
         self.child.kill().expect("the process can be killed");
         let status = self.child.wait().expect("the process ends");
         assert!(status.signal() == Some(9) || status.success(), "{status:?}");
+    }
+
+    /// As [`Running::wait_until`], for moments that pass within a millisecond; gives up where the process ended.
+    pub fn spin_until(&mut self, happened: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !happened() && self.child.try_wait().expect("the process can be asked").is_none() {
+            assert!(started.elapsed() < PATIENCE, "waited for nothing");
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+
+    /// Kills the process as a power cut would; if it had ended before, how.
+    pub fn killed(mut self) -> Option<Ran> {
+        self.child.kill().expect("the process can be killed");
+        let status = self.child.wait().expect("the process ends");
+        let read = |path| std::fs::read(path).expect("a log file");
+        (status.signal() != Some(9)).then(|| Ran::new(status, &read(&self.out), &read(&self.err)))
     }
 
     /// Waits for the end.

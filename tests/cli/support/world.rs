@@ -198,6 +198,22 @@ fn draw(folder: &Path, n: u32) {
     std::fs::write(folder.join(format!("{n:02}.txt")), caption).expect("written");
 }
 
+/// The library `shim.c`; `None` where there is no compiler for it.
+pub fn shim() -> Option<&'static Path> {
+    static SHIM: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let build = || {
+        let (source, library) = (repository().join("tests/cli/support/shim.c"), root().join("shim.so"));
+        let mut cc = std::process::Command::new("cc");
+        cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(source).arg("-ldl");
+        let built = cfg!(target_os = "linux") && cc.output().is_ok_and(|o| o.status.success());
+        if !built {
+            eprintln!("skipped: no C compiler that makes a library for LD_PRELOAD here");
+        }
+        built.then_some(library)
+    };
+    SHIM.get_or_init(build).as_deref()
+}
+
 /// A finished run of the recipe with previews and validation, for tests that only look at it, and what it printed.
 pub fn finished() -> &'static (World, Ran) {
     static FINISHED: OnceLock<(World, Ran)> = OnceLock::new();

@@ -7,7 +7,7 @@ use optim::{Optimizer, StateDtype, StateTensor};
 use serde::{Deserialize, Serialize};
 use storage::safetensors::{Dtype, SafeTensors};
 
-use super::{ADAPTER, MANIFEST, Manifest, OPTIMIZER, RECIPE, RunState, STATE, folder, step_of};
+use super::{ADAPTER, FILES, MANIFEST, METRICS, Manifest, OPTIMIZER, RECIPE, RunState, STATE, folder, step_of};
 use crate::error::{Error, Result};
 use crate::step::Trained;
 
@@ -20,6 +20,8 @@ pub struct Found {
     pub state: RunState,
     /// The recipe as run.
     pub recipe: String,
+    /// The last lines of the metrics.
+    pub metrics: String,
 }
 
 fn damaged(path: &Path, what: impl Into<String>) -> Error {
@@ -36,7 +38,7 @@ pub(super) fn check(path: &Path) -> Result<()> {
     if manifest.format != RunState::FORMAT {
         return Err(damaged(path, format!("format {}, this lokr reads {}", manifest.format, RunState::FORMAT)));
     }
-    for file in [ADAPTER, OPTIMIZER, STATE, RECIPE] {
+    for file in FILES {
         let Some(sum) = manifest.files.get(file) else { return Err(damaged(path, format!("{MANIFEST} does not list {file}"))) };
         let full = path.join(file);
         let bytes = storage::file_len(&full).map_err(|e| damaged(path, format!("{file}: {e}")))?;
@@ -58,8 +60,11 @@ pub fn open(path: &Path) -> Result<Found> {
     check(path)?;
     let state = storage::read_to_string(&path.join(STATE))?;
     let state: RunState = serde_json::from_str(&state).map_err(|e| damaged(path, format!("{STATE}: {e}")))?;
-    let recipe = storage::read_to_string(&path.join(RECIPE))?;
-    Ok(Found { path: path.into(), state, recipe })
+    if let Some(step) = step_of(path).filter(|&step| step != state.step) {
+        return Err(damaged(path, format!("it holds step {}, its name says {step}", state.step)));
+    }
+    let (recipe, metrics) = (storage::read_to_string(&path.join(RECIPE))?, storage::read_to_string(&path.join(METRICS))?);
+    Ok(Found { path: path.into(), state, recipe, metrics })
 }
 
 /// The newest whole checkpoint of a run, and why each newer one was passed over.
@@ -83,11 +88,21 @@ pub fn find_newest_whole(run: &Path) -> Result<(Option<Found>, Vec<String>)> {
     Ok((None, passed))
 }
 
-/// Removes what a killed writer left: temporary folders.
+/// Removes what a killed process left: checkpoints half written or half deleted, and the temporary files of what a run called `output`
+/// writes. Whoever calls it holds the run's lock.
 ///
 /// # Errors
 /// If one cannot be removed.
-pub fn clean(run: &Path) -> Result<()> {
+pub fn clean(run: &Path, output: &str) -> Result<()> {
+    let ours = [format!(".{output}"), ".recipe.toml".into(), ".metrics.jsonl".into(), ".previews.png".into(), ".step-".into()];
+    for place in [run.to_path_buf(), run.join("previews")].into_iter().filter(|p| p.is_dir()) {
+        for path in storage::list_dir(&place)? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if storage::is_scratch(&path) && ours.iter().any(|start| name.starts_with(start)) {
+                storage::remove_file(&path)?;
+            }
+        }
+    }
     let folder = folder(run);
     if !folder.exists() {
         return Ok(());

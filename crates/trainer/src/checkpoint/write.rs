@@ -9,7 +9,7 @@ use ops::F32;
 use optim::{Optimizer, StateDtype};
 use storage::safetensors::{Dtype, TensorSource};
 
-use super::{ADAPTER, FileSum, MANIFEST, Manifest, OPTIMIZER, RECIPE, RunState, STATE, folder, name, step_of};
+use super::{ADAPTER, FILES, FileSum, MANIFEST, METRICS, Manifest, OPTIMIZER, RECIPE, RunState, STATE, folder, name, remove, step_of};
 use crate::error::Result;
 use crate::step::Trained;
 
@@ -27,14 +27,15 @@ pub struct Snapshot {
     optimizer: Vec<Owned>,
     state: RunState,
     recipe: String,
+    metrics: String,
 }
 
 impl Snapshot {
-    /// Copies the trained tensors, the optimizer's state and the rest.
+    /// Copies the trained tensors, the optimizer's state and the rest. `metrics`: the last lines of the metrics.
     ///
     /// # Errors
     /// If a tensor cannot be copied to the host.
-    pub fn take(trained: &[Trained], optimizer: &Optimizer, state: RunState, recipe: String) -> Result<Self> {
+    pub fn take(trained: &[Trained], optimizer: &Optimizer, state: RunState, recipe: String, metrics: String) -> Result<Self> {
         let mut adapter = Vec::with_capacity(trained.len());
         for t in trained {
             let tensor = t.parameter.tensor();
@@ -47,7 +48,7 @@ impl Snapshot {
             StateDtype::F32 => Dtype::F32,
         };
         let own = |s: optim::StateTensor| Owned { name: s.name, dtype: dtype(s.dtype), shape: s.shape, bytes: s.bytes.into_owned() };
-        Ok(Self { adapter, optimizer: optimizer.state()?.into_iter().map(own).collect(), state, recipe })
+        Ok(Self { adapter, optimizer: optimizer.state()?.into_iter().map(own).collect(), state, recipe, metrics })
     }
 
     /// Steps finished at the time of the snapshot.
@@ -74,8 +75,9 @@ impl Snapshot {
         storage::safetensors::write(&scratch.join(OPTIMIZER), sources(&self.optimizer), &BTreeMap::new())?;
         storage::write_whole(&scratch.join(STATE), json(&self.state).as_bytes())?;
         storage::write_whole(&scratch.join(RECIPE), self.recipe.as_bytes())?;
+        storage::write_whole(&scratch.join(METRICS), self.metrics.as_bytes())?;
         let mut files = BTreeMap::new();
-        for file in [ADAPTER, OPTIMIZER, STATE, RECIPE] {
+        for file in FILES {
             let path = scratch.join(file);
             files.insert(file.to_string(), FileSum { bytes: storage::file_len(&path)?, blake3: storage::blake3_file(&path)? });
         }
@@ -83,7 +85,7 @@ impl Snapshot {
         storage::write_whole(&scratch.join(MANIFEST), json(&manifest).as_bytes())?;
         // A torn one of the same step is in the way of the rename, and is worth nothing.
         if target.exists() {
-            storage::remove_dir_all(&target)?;
+            remove(&target, self.state.step)?;
         }
         storage::rename(&scratch, &target)?;
         Ok(target)
@@ -115,6 +117,9 @@ fn sources(tensors: &[Owned]) -> Vec<TensorSource<'_>> {
 /// # Errors
 /// If the folder cannot be listed.
 pub fn delete_old(run: &Path, keep: u64, every: Option<u64>) -> Result<()> {
+    if !folder(run).exists() {
+        return Ok(());
+    }
     let mut found: Vec<(u64, PathBuf)> = storage::list_dir(&folder(run))?.into_iter().filter_map(|p| Some((step_of(&p)?, p))).collect();
     found.sort();
     let old = found.len().saturating_sub(keep.max(1) as usize);
@@ -122,7 +127,7 @@ pub fn delete_old(run: &Path, keep: u64, every: Option<u64>) -> Result<()> {
         if every.is_some_and(|n| n > 0 && step.is_multiple_of(n)) {
             continue;
         }
-        if let Err(error) = storage::remove_dir_all(&path) {
+        if let Err(error) = remove(&path, step) {
             tracing::warn!("the old checkpoint `{}` stays: {error}", path.display());
         }
     }
