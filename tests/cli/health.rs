@@ -115,10 +115,8 @@ fn exported_tensors_are_the_masters_in_every_type_with_scalars_and_with_scales_t
         let good = bytes(&file);
         let data = 8 + u64::from_le_bytes(good[..8].try_into().expect("eight bytes")) as usize;
         let text = String::from_utf8_lossy(&good[8..data]).into_owned();
-        let one = tensors(&file)
-            .into_iter()
-            .find(|(n, t)| n.contains(".lokr_w") && t.shape.len() == 2 && t.shape[0] != t.shape[1])
-            .map_or_else(String::new, |(n, _)| n);
+        let one = tensors(&file).into_iter().find(|(n, t)| n.contains(".lokr_w") && t.shape.len() == 2 && t.shape[0] != t.shape[1]);
+        let (one, (a, b)) = one.map(|(n, t)| (n, (t.shape[0], t.shape[1]))).expect("a matrix that is not square");
         for (how, said) in [("number", " is "), ("name", " is missing"), ("shape", ", the checkpoint has [")] {
             let mut content = good.clone();
             match how {
@@ -126,7 +124,6 @@ fn exported_tensors_are_the_masters_in_every_type_with_scalars_and_with_scales_t
                 "name" => content[8..data].copy_from_slice(text.replacen(".lokr_w2", ".lokr_q2", 1).as_bytes()),
                 _ => {
                     let entry = text.find(&one).expect("it is listed");
-                    let [a, b] = tensors(&file)[&one].shape[..] else { panic!("a matrix") };
                     let changed = text[entry..].replacen(&format!("[{a},{b}]"), &format!("[{b},{a}]"), 1);
                     content[8 + entry..data].copy_from_slice(changed.as_bytes());
                 }

@@ -143,7 +143,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     while state.step < timeline.total_steps {
         if ranks.group.any("stop", options.interrupt.requested())? {
             if let Some(outputs) = &outputs {
-                save(&config, &trained, &optimizer, &state, &data, &recipe, outputs.metrics.tail()?, &mut writer)?;
+                save(&run, &optimizer, &state, &recipe, outputs.metrics.tail()?, &mut writer)?;
             }
             writer.finish(observe)?;
             observe(Event::Note(format!("stopped after step {} of {}; run the same command to go on", state.step, timeline.total_steps)));
@@ -161,7 +161,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
             outputs.metrics.write(&report)?;
             observe(Event::Step(report));
             if save_due {
-                save(&config, &trained, &optimizer, &state, &data, &recipe, outputs.metrics.tail()?, &mut writer)?;
+                save(&run, &optimizer, &state, &recipe, outputs.metrics.tail()?, &mut writer)?;
                 ranks.fault.at("checkpoint", state.step);
                 match outputs.export(&network, state.step, last, observe) {
                     Err(error) if !last => observe(not_saved("LoKr file", &error)),
@@ -317,19 +317,9 @@ impl StepRates {
 }
 
 /// Hands a snapshot to the writer.
-#[allow(clippy::too_many_arguments)]
-fn save(
-    config: &RunConfig,
-    trained: &[Trained],
-    optimizer: &Optimizer,
-    state: &RunState,
-    data: &Data,
-    recipe: &str,
-    metrics: String,
-    writer: &mut Writer,
-) -> Result<()> {
-    let snapshot = Snapshot::take(trained, optimizer, resume::position(state, data)?, recipe.into(), metrics)?;
-    writer.start(snapshot, &config.output)
+fn save(run: &Run, optimizer: &Optimizer, state: &RunState, recipe: &str, metrics: String, writer: &mut Writer) -> Result<()> {
+    let state = resume::position(state, run.data)?;
+    writer.start(Snapshot::take(run.trained, optimizer, state, recipe.into(), metrics)?, &run.config.output)
 }
 
 /// Writes checkpoints beside the training: one at a time, so that a step waits for the copy only.
