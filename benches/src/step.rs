@@ -102,7 +102,7 @@ impl Step {
         let gradient = (&error * (2.0 / error.elem_count() as f64))?;
         ops::backward(vec![(prediction, gradient)])?;
         // No clipping: the other side has none.
-        update(&self.trained, &mut self.optimizer, 0.0, 0.0, |_| 2e-5)?;
+        update(&self.trained, &mut self.optimizer, (0.0, 1.0), 0.0, |_| 2e-5)?;
         Ok(loss.into())
     }
 

@@ -118,15 +118,11 @@ fn a_missing_recipe_is_named() {
 }
 
 #[test]
-fn half_precision_on_the_cpu_is_refused_with_the_fix() {
-    let world = World::new("half-precision");
-    assert_snapshot!(refused(&world, &["train.mixed_precision=fp16"]), @r#"
-    error: train.mixed_precision = "fp16" needs half-precision kernels on a GPU, which this version does not have yet: it computes in f32 on the CPU
-    hint: set train.mixed_precision = "no"; the base model's weights may stay f16 in the file and in memory
-    "#);
-    assert_snapshot!(refused(&world, &["train.mixed_precision=bf16"]), @r#"
-    error: train.mixed_precision = "bf16" needs half-precision kernels on a GPU, which this version does not have yet: it computes in f32 on the CPU
-    hint: set train.mixed_precision = "no"; the base model's weights may stay f16 in the file and in memory
+fn a_loss_scale_outside_of_f16_is_refused_with_the_fix() {
+    let world = World::new("loss-scale");
+    assert_snapshot!(refused(&world, &["train.mixed_precision=bf16", "train.initial_loss_scale=1024"]), @r#"
+    error: train.initial_loss_scale = 1024.0 has no effect with train.mixed_precision = "bf16"
+    hint: remove it, or set train.mixed_precision = "fp16"
     "#);
 }
 

@@ -26,6 +26,7 @@ mod interrupted;
 mod kills;
 mod plan;
 mod power_loss;
+mod precision;
 mod recipe_change;
 mod resume;
 mod sample;

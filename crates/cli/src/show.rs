@@ -75,7 +75,10 @@ impl Watcher {
     }
 
     fn step(&mut self, r: &StepReport) {
-        let text = format!("loss {:.4} lr {:.2e} {:.2} images/s", r.loss_average, r.lr_unet, r.images_per_second);
+        let mut text = format!("loss {:.4} lr {:.2e} {:.2} images/s", r.loss_average, r.lr_unet, r.images_per_second);
+        if let (Some(scale), Some(overflows)) = (r.loss_scale, r.overflows) {
+            text += &format!(" scale {scale} skipped {overflows}");
+        }
         if let Some(bar) = &self.bar {
             bar.set_position(r.step);
             bar.set_message(text.clone());

@@ -148,16 +148,23 @@ impl Op {
     /// Runs `f` on W + delta, for inputs like `x`.
     fn with_merged<T>(&self, x: &Tensor, f: impl FnOnce(Frozen) -> Result<T>) -> Result<T> {
         if fuses(x) {
-            let (w1, w2) = self.factors(DType::F32)?;
+            let (w1, w2) = (self.scaled(&self.w1, DType::F32)?, self.w2.to_dtype(DType::F32)?.contiguous()?);
             return f(Frozen { weight: &self.weight, delta: Some(Delta { w1: &w1, w2: &w2 }) });
         }
         let merged = merge(&self.weight, &self.w1, &self.w2, self.scale)?.to_dtype(x.dtype())?;
         f(Frozen::from(&merged))
     }
 
-    /// `scale * w1` and w2 in the type of the computation. The scale goes in before the rounding.
+    /// w1 and w2 in the type of the computation, without the scale.
     fn factors(&self, compute: DType) -> Result<(Tensor, Tensor)> {
-        Ok(((self.w1.to_dtype(DType::F32)? * self.scale)?.to_dtype(compute)?, self.w2.to_dtype(compute)?.contiguous()?))
+        Ok((self.w1.to_dtype(compute)?, self.w2.to_dtype(compute)?.contiguous()?))
+    }
+
+    /// `scale` times a factor in the type of the computation, rounded after the product. In every chain the scale enters with the last
+    /// factor, and in gradients of factors after the last product, in f32: what stands between never is larger than without it, so
+    /// that in f16 it overflows only where the result does.
+    fn scaled(&self, factor: &Tensor, compute: DType) -> Result<Tensor> {
+        (factor.to_dtype(DType::F32)? * self.scale)?.to_dtype(compute)?.contiguous()
     }
 
     fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -170,10 +177,10 @@ impl Op {
         let (w1, w2) = self.factors(x.dtype())?;
         let chain = if b <= a {
             let u = layer.forward(&layer.split(x, b)?, &w2, None)?;
-            mix(&w1, &layer.grouped(&u, n, b)?)?
+            mix(&self.scaled(&self.w1, x.dtype())?, &layer.grouped(&u, n, b)?)?
         } else {
             let s = mix(&w1, &layer.grouped(x, n, b)?)?;
-            layer.forward(&self.as_samples(&s, a, x)?, &w2, None)?
+            layer.forward(&self.as_samples(&s, a, x)?, &self.scaled(&self.w2, x.dtype())?, None)?
         };
         sum(&base, &chain.reshape(base.shape())?)
     }
@@ -207,7 +214,7 @@ impl Op {
                 dw2 = Some(layer.weight_grad(xs, t, w2.dims())?);
             }
             if let (true, Some(t)) = (chain_x, &t) {
-                dx = Some(layer.input_grad(t, &w2, x.dims())?);
+                dx = Some(layer.input_grad(t, &self.scaled(&self.w2, x.dtype())?, x.dims())?);
             }
         } else {
             let dys = layer.split(&dy, a)?;
@@ -222,7 +229,7 @@ impl Op {
                     dw1 = Some(mix_grad(&v, &x_groups)?);
                 }
                 if chain_x {
-                    dx = Some(mix(&w1.t()?, &v)?);
+                    dx = Some(mix(&self.scaled(&self.w1, x.dtype())?.t()?, &v)?);
                 }
             }
         }
@@ -238,7 +245,7 @@ impl Op {
             });
         }
         let dw1 = dw1.map(|g| g * self.scale).transpose()?;
-        let dw2 = dw2.map(|g| g.to_dtype(DType::F32)).transpose()?;
+        let dw2 = dw2.map(|g| g.to_dtype(DType::F32)? * self.scale).transpose()?;
         Ok(vec![dx, dw1, dw2])
     }
 }

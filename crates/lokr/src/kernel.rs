@@ -115,7 +115,7 @@ pub fn merge(weight: &Tensor, w1: &Tensor, w2: &Tensor, scale: f64) -> Result<Te
     {
         return Ok(merged);
     }
-    weight.to_dtype(DType::F32)? + kron(&w1, &w2)?.reshape(weight.shape())?
+    ops::widen(&weight, DType::F32)? + kron(&w1, &w2)?.reshape(weight.shape())?
 }
 
 /// Writes as many elements as the slice takes, from the index on, as f32.
@@ -132,6 +132,7 @@ fn merge_cpu(weight: &Tensor, w1: &Tensor, w2: &Tensor) -> Result<Option<Tensor>
     let widen: Box<Widen> = match base {
         CpuStorage::F32(v) => Box::new(move |at, out| out.copy_from_slice(&v[at..at + out.len()])),
         CpuStorage::F16(v) => Box::new(move |at, out| v[at..at + out.len()].convert_to_f32_slice(out)),
+        CpuStorage::U8(v) => Box::new(move |at, out| out.iter_mut().zip(&v[at..]).for_each(|(o, &code)| *o = ops::e4m3_decode(code))),
         CpuStorage::BF16(v) => Box::new(move |at, out| v[at..at + out.len()].convert_to_f32_slice(out)),
         _ => return Ok(None),
     };

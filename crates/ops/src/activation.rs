@@ -169,8 +169,9 @@ pub fn geglu(x: &Value) -> Result<Value> {
         });
         tensor(out, shape.as_slice())?
     } else {
-        let (h, gate) = (t.narrow(D::Minus1, 0, d)?, t.narrow(D::Minus1, d, d)?);
-        (h * composed::gelu(&gate)?.0.to_dtype(t.dtype())?)?
+        // The product is formed in f32 and rounded once.
+        let (h, gate) = (t.narrow(D::Minus1, 0, d)?.to_dtype(candle_core::DType::F32)?, t.narrow(D::Minus1, d, d)?);
+        (h * composed::gelu(&gate)?.0)?.to_dtype(t.dtype())?
     };
     Ok(custom("geglu", &[x], out, move |dy| {
         if fast(&t) {

@@ -4,7 +4,7 @@ use crate::gemm::gemm;
 use crate::pack::Operand;
 use crate::tape::{Value, custom};
 use crate::view::{F32, build, fast, grain, tensor};
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
@@ -63,9 +63,30 @@ pub fn add_bias_nc(x: &Value, e: &Value) -> Result<Value> {
     };
     let need_e = e.requires_grad();
     Ok(custom("add_bias_nc", &[x, e], out, move |dy| {
-        let de = if need_e { Some(dy.flatten_from(2)?.sum(D::Minus1)?) } else { None };
+        let de = if need_e { Some(sum_last(&dy.flatten_from(2)?)?) } else { None };
         Ok(vec![Some(dy.clone()), de])
     }))
+}
+
+/// The sum over the last dimension, in f32 for narrower types: thousands of pixels would lose digits or overflow in f16.
+fn sum_last(x: &Tensor) -> Result<Tensor> {
+    match x.dtype() {
+        DType::F16 | DType::BF16 => x.to_dtype(DType::F32)?.sum(D::Minus1)?.to_dtype(x.dtype()),
+        _ => x.sum(D::Minus1),
+    }
+}
+
+/// The same values in another type, rounded to nearest; the gradient comes back in the input's type.
+///
+/// # Errors
+/// If the conversion does not exist.
+pub fn to_dtype(x: &Value, dtype: DType) -> Result<Value> {
+    let from = x.tensor().dtype();
+    if from == dtype {
+        return Ok(x.clone());
+    }
+    let out = x.tensor().to_dtype(dtype)?;
+    Ok(custom("to_dtype", &[x], out, move |dy| Ok(vec![Some(dy.to_dtype(from)?)])))
 }
 
 /// `s * x`.

@@ -8,7 +8,7 @@ use crate::pack::Operand;
 use crate::tape::{Value, custom};
 use crate::view::{F32, SharedMut, fast, grain, tensor};
 use crate::weight::{Frozen, Held};
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
 /// Pixels of the output, and columns (channels times the kernel's area), that the backward pass takes at a time: their products
@@ -152,7 +152,7 @@ pub fn conv2d_forward<'a>(
     let bias = bias.map(|b| widen(b, x.dtype())).transpose()?;
     let x = x.contiguous()?;
     if !fast(&x) {
-        let y = x.conv2d(&widen(weight, x.dtype())?, padding, stride, 1, 1)?;
+        let y = plain(&x, &widen(weight, x.dtype())?, padding, stride, 1)?;
         return match bias {
             Some(b) => y.broadcast_add(&b.reshape((1, o, 1, 1))?),
             None => Ok(y),
@@ -188,6 +188,15 @@ pub fn conv2d_forward<'a>(
     // SAFETY: the products have written every element.
     unsafe { y.set_len(g.n * o * pixels) };
     tensor(y, (g.n, o, g.oh, g.ow))
+}
+
+/// candle's convolution; its CPU form lacks bf16, which is widened there.
+fn plain(x: &Tensor, kernel: &Tensor, padding: usize, stride: usize, dilation: usize) -> Result<Tensor> {
+    if x.device().is_cpu() && x.dtype() == DType::BF16 {
+        let (x, kernel) = (x.to_dtype(DType::F32)?, kernel.to_dtype(DType::F32)?);
+        return x.conv2d(&kernel, padding, stride, dilation, 1)?.to_dtype(DType::BF16);
+    }
+    x.conv2d(kernel, padding, stride, dilation, 1)
 }
 
 /// Large images one after the other on all threads; small ones beside each other.
@@ -329,7 +338,8 @@ pub fn conv2d_weight_grad(x: &Tensor, dy: &Tensor, kernel: (usize, usize), strid
     let (x, dy) = (x.contiguous()?, dy.contiguous()?);
     if !fast(&x) || !fast(&dy) {
         // dW = conv of x (channels as batch) with dy (channels as kernels), dilated by the stride.
-        let dw = x.transpose(0, 1)?.contiguous()?.conv2d(&dy.transpose(0, 1)?.contiguous()?, padding, 1, stride, 1)?;
+        let images = x.transpose(0, 1)?.contiguous()?;
+        let dw = plain(&images, &dy.transpose(0, 1)?.contiguous()?, padding, 1, stride)?;
         return dw.narrow(2, 0, kernel.0)?.narrow(3, 0, kernel.1)?.transpose(0, 1)?.contiguous()?.reshape(shape);
     }
     let (xv, dyv) = (F32::new(&x)?, F32::new(&dy)?);

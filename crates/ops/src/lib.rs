@@ -5,7 +5,8 @@
 //! tensor is a [`Parameter`]; [`backward`] adds into its gradient as soon as that is complete and drops what the
 //! forward pass kept as it goes. [`checkpoint`] keeps only a segment's inputs and runs it again in the backward pass.
 //! Every op has a fast form for f32 on the CPU and a form composed of candle's ops for every other type and device;
-//! the tests hold the first against the second.
+//! the tests hold the first against the second. In f16 and bf16 the composed form keeps statistics, softmax, activation
+//! functions and sums over pixels in f32.
 //!
 //! Letters in shapes, in all crates: `n` batch, `c` channels (`o` output channels), `h`, `w` height and width,
 //! `t` tokens, `d` features; for LoKr `a, b` the rows and columns of `w1`, `c, d` those of `w2`.
@@ -19,6 +20,7 @@ mod checkpoint;
 mod conv;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod e4m3;
 mod gemm;
 mod linear;
 mod math;
@@ -32,12 +34,13 @@ mod weight;
 
 pub use activation::{geglu, gelu, quick_gelu, silu};
 pub use attention::attention;
-pub use basic::{add, add_bias_nc, cat, gather_rows, matmul, mul_scalar, narrow, reshape, transpose, upsample_nearest};
+pub use basic::{add, add_bias_nc, cat, gather_rows, matmul, mul_scalar, narrow, reshape, to_dtype, transpose, upsample_nearest};
 pub use candle_core::{Error, Result};
 pub use checkpoint::checkpoint;
 pub use conv::conv2d;
 #[cfg(feature = "cuda")]
 pub use cuda::gpu;
+pub use e4m3::{E4M3_MAX, e4m3_codes, e4m3_decode, e4m3_encode};
 pub use gemm::with_bf16;
 pub use linear::{linear, widen};
 pub use norm::{group_norm, layer_norm};

@@ -7,12 +7,17 @@ use crate::view::{F32, fast, tensor};
 use crate::weight::{Frozen, Held, readable};
 use candle_core::{DType, Result, Tensor};
 
-/// A frozen weight in the type that the computation uses: the tensor itself where that is its type already.
+/// A frozen weight in the type that the computation uses: the tensor itself where that is its type already. A weight of type u8 holds the
+/// codes of [`crate::e4m3_codes`].
 ///
 /// # Errors
 /// If the conversion does not exist.
 pub fn widen(weight: &Tensor, compute: DType) -> Result<Tensor> {
-    if weight.dtype() == compute { weight.contiguous() } else { weight.to_dtype(compute) }
+    match weight.dtype() {
+        dtype if dtype == compute => weight.contiguous(),
+        DType::U8 => crate::e4m3::widen_codes(weight, compute),
+        _ => weight.to_dtype(compute),
+    }
 }
 
 /// A weight that the fast forms can read: as it is stored if that is f32, f16 or bf16.

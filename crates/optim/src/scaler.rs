@@ -47,7 +47,7 @@ pub struct ScalerState {
     pub good_steps: u32,
     /// Skipped steps in a row.
     pub consecutive_skips: u32,
-    /// Skipped steps of the whole run; the schedule lags by so many.
+    /// Skipped steps of the whole run.
     pub total_skips: u64,
 }
 

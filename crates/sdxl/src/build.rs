@@ -30,7 +30,8 @@ pub struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    /// Builds `part` of `checkpoint` with weights stored as `dtype`, or as they are in the file.
+    /// Builds `part` of `checkpoint` with weights stored as `dtype`, or as they are in the file. [`DType::F8E4M3`] keeps those of linear
+    /// layers and convolutions as the codes of [`ops::e4m3_codes`] and the rest as in the file.
     pub fn new(checkpoint: &'a Checkpoint, part: Part, dtype: Option<DType>) -> Self {
         Self { checkpoint, part, dtype, findings: RefCell::default(), tree: RefCell::default() }
     }
@@ -74,7 +75,8 @@ impl<'a> Builder<'a> {
                 }
                 let tensor = self.checkpoint.load(self.part, &name)?;
                 let dtype = dtype.unwrap_or_else(|| weight_type(tensor.dtype()));
-                return Ok(tensor.to_dtype(dtype)?.to_device(self.checkpoint.device())?);
+                let kept = if dtype == DType::F8E4M3 { ops::e4m3_codes(&tensor)? } else { tensor.to_dtype(dtype)? };
+                return Ok(kept.to_device(self.checkpoint.device())?);
             }
             Some(found) => {
                 findings.misshapen.push(format!("{name}: {found:?}, expected {shape:?}"));
@@ -117,12 +119,22 @@ impl<'b, 'a> Scope<'b, 'a> {
         Scope::open(self.builder, self.join(name), class)
     }
 
+    fn weight(&self, path: &str, shape: &[usize]) -> Result<Tensor> {
+        self.builder.take(format!("{path}.weight"), shape, self.builder.dtype)
+    }
+
+    /// A tensor that never is kept in 8 bits.
+    fn plain(&self, name: String, shape: &[usize]) -> Result<Tensor> {
+        let dtype = self.builder.dtype.filter(|d| *d != DType::F8E4M3);
+        self.builder.take(name, shape, dtype)
+    }
+
     /// A bare tensor of this module, in its storage type.
     ///
     /// # Errors
     /// If the file cannot be read.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.builder.take(self.join(name), shape, self.builder.dtype)
+        self.plain(self.join(name), shape)
     }
 
     /// A linear layer `(out, in)`.
@@ -131,8 +143,8 @@ impl<'b, 'a> Scope<'b, 'a> {
     /// If the file cannot be read.
     pub fn linear(&self, name: impl Display, out: usize, inner: usize, bias: bool) -> Result<Arc<Linear>> {
         let path = self.join(name);
-        let weight = self.builder.take(format!("{path}.weight"), &[out, inner], self.builder.dtype)?;
-        let bias = if bias { Some(self.builder.take(format!("{path}.bias"), &[out], self.builder.dtype)?) } else { None };
+        let weight = self.weight(&path, &[out, inner])?;
+        let bias = if bias { Some(self.plain(format!("{path}.bias"), &[out])?) } else { None };
         let layer = Arc::new(Linear::new(weight, bias));
         self.leaf(path, "Linear", Leaf::Linear(layer.clone()));
         Ok(layer)
@@ -144,8 +156,8 @@ impl<'b, 'a> Scope<'b, 'a> {
     /// If the file cannot be read.
     pub fn conv2d(&self, name: impl Display, o: usize, c: usize, k: usize, stride: usize, padding: usize) -> Result<Arc<Conv2d>> {
         let path = self.join(name);
-        let weight = self.builder.take(format!("{path}.weight"), &[o, c, k, k], self.builder.dtype)?;
-        let bias = self.builder.take(format!("{path}.bias"), &[o], self.builder.dtype)?;
+        let weight = self.weight(&path, &[o, c, k, k])?;
+        let bias = self.plain(format!("{path}.bias"), &[o])?;
         let layer = Arc::new(Conv2d::new(weight, Some(bias), stride, padding));
         self.leaf(path, "Conv2d", Leaf::Conv2d(layer.clone()));
         Ok(layer)

@@ -82,6 +82,8 @@ pub struct ClipTextModel {
     layers: Vec<Arc<ClipEncoderLayer>>,
     final_layer_norm: Arc<Norm>,
     text_projection: Option<Arc<Linear>>,
+    /// Type of the activations.
+    pub compute: DType,
     /// Its shape.
     pub config: ClipConfig,
     /// Its modules.
@@ -111,7 +113,8 @@ impl ClipTextModel {
             None => None,
         };
         let tree = builder.finish()?;
-        Ok(Self { token_embedding, position_embedding, layers, final_layer_norm, text_projection, config, tree })
+        let compute = DType::F32;
+        Ok(Self { token_embedding, position_embedding, layers, final_layer_norm, text_projection, compute, config, tree })
     }
 
     /// The input of the last layer, `(rows, tokens, width)`, from token ids of `rows` equally long rows.
@@ -128,7 +131,7 @@ impl ClipTextModel {
             );
         }
         let device = self.token_embedding.device();
-        let compute = DType::F32;
+        let compute = self.compute;
         let flat = Tensor::from_vec(ids.concat(), ids.len() * tokens, device)?;
         let x = self.token_embedding.index_select(&flat, 0)?.to_dtype(compute)?.reshape((ids.len(), tokens, self.config.width))?;
         let x = x.broadcast_add(&self.position_embedding.narrow(0, 0, tokens)?.to_dtype(compute)?)?;

@@ -41,8 +41,18 @@ impl Sdxl {
     /// If a file cannot be read, or a part has missing, misshapen or left-over tensors.
     pub fn load(checkpoint: &Checkpoint, dtype: impl Into<Option<DType>>) -> Result<Self> {
         let dtype = dtype.into();
+        Self::load_as(checkpoint, dtype, dtype)
+    }
+
+    /// As [`Sdxl::load`], with a type of their own for the text encoders' weights. [`DType::F8E4M3`] keeps the weights of linear layers and
+    /// convolutions in 8 bits ([`ops::e4m3_codes`]) and widens each for its call.
+    ///
+    /// # Errors
+    /// As [`Sdxl::load`].
+    pub fn load_as(checkpoint: &Checkpoint, text: impl Into<Option<DType>>, unet: impl Into<Option<DType>>) -> Result<Self> {
+        let (text, dtype) = (text.into(), unet.into());
         let dims = checkpoint.head_dims()?;
-        let clip = |part| ClipTextModel::load(checkpoint, part, ClipConfig::of_checkpoint(checkpoint, part, dims)?, dtype);
+        let clip = |part| ClipTextModel::load(checkpoint, part, ClipConfig::of_checkpoint(checkpoint, part, dims)?, text);
         Ok(Self {
             te1: clip(Part::TextEncoder1)?,
             te2: clip(Part::TextEncoder2)?,
@@ -62,6 +72,14 @@ impl Sdxl {
     /// Where the networks are, and where their inputs must be.
     pub fn device(&self) -> &Device {
         self.vae.device()
+    }
+
+    /// Sets the type in which UNet and text encoders compute, f32 at first. Inputs of any type are taken; the UNet's prediction is f32,
+    /// what the text encoders give has the compute type.
+    pub fn compute_in(&mut self, dtype: DType) {
+        self.te1.compute = dtype;
+        self.te2.compute = dtype;
+        self.unet.compute = dtype;
     }
 
     /// The condition of `n` prompts of `chunks` rows of 77 ids each, for both encoders; rows of one prompt follow each

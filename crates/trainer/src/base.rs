@@ -8,6 +8,7 @@ use sdxl::checkpoint::{Checkpoint, Part};
 
 use crate::config::{ModelConfig, RunConfig, WeightDtype};
 use crate::error::{Error, Result};
+use crate::precision;
 
 /// Opens the base model's files; the networks are built from them later.
 ///
@@ -37,6 +38,18 @@ pub fn load_model(checkpoint: &Checkpoint) -> Result<Sdxl> {
 /// If a part has missing, misshapen or left-over tensors.
 pub fn load_model_as(checkpoint: &Checkpoint, dtype: WeightDtype) -> Result<Sdxl> {
     Ok(Sdxl::load(checkpoint, dtype.dtype())?)
+}
+
+/// Builds the networks as a recipe trains them.
+///
+/// # Errors
+/// If a part has missing, misshapen or left-over tensors.
+pub fn load_for_training(config: &RunConfig, checkpoint: &Checkpoint) -> Result<Sdxl> {
+    let compute = precision::compute_type(&config.train);
+    let (text, unet) = precision::weight_types(config);
+    let mut model = Sdxl::load_as(checkpoint, text, unet)?;
+    model.compute_in(compute);
+    Ok(model)
 }
 
 /// The trees that a recipe adapts: a part with learning rate 0 is left out.

@@ -1,6 +1,6 @@
 //! The error of a run: what every part below says, and what the trainer itself refuses. The way out is in [`Error::hint`].
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::config::ConfigError;
 
@@ -93,6 +93,20 @@ pub enum Error {
         step: u64,
         /// Files of the step's samples.
         samples: String,
+        /// The newest checkpoint of the run.
+        checkpoint: Option<PathBuf>,
+    },
+    /// The gradients of f16 training overflow, whatever the loss scale.
+    #[error("the gradient overflows f16 in {in_a_row} steps in a row, up to step {step}; the loss scale has fallen to {scale}")]
+    Overflow {
+        /// The optimizer step, counted from 1.
+        step: u64,
+        /// Skipped steps in a row.
+        in_a_row: u64,
+        /// The scale after the last of them.
+        scale: f64,
+        /// The newest checkpoint of the run.
+        checkpoint: Option<PathBuf>,
     },
     /// Anything that the user can mend, with the way out.
     #[error("{what}")]
@@ -141,12 +155,23 @@ impl Error {
             Self::NoGradient { .. } => Some(
                 "the preset adapts nothing of it that the loss depends on: choose another preset, or set its learning rate to 0".into(),
             ),
-            Self::NotFinite { .. } => Some(
-                "lower the learning rate or check the named pictures; the step was not applied, and the last checkpoint of the run is good"
-                    .into(),
-            ),
+            Self::NotFinite { checkpoint, .. } => Some(format!(
+                "lower the learning rate or check the named pictures; the step was not applied, and {}",
+                last_good(checkpoint.as_deref())
+            )),
+            Self::Overflow { checkpoint, .. } => Some(format!(
+                "set train.mixed_precision = \"bf16\" or \"no\", or lower the learning rate; none of these steps was applied, and {}",
+                last_good(checkpoint.as_deref())
+            )),
             Self::Refused { hint, .. } => Some(hint.clone()),
             Self::Tensor(_) | Self::Picture { .. } => None,
         }
+    }
+}
+
+fn last_good(checkpoint: Option<&Path>) -> String {
+    match checkpoint {
+        Some(path) => format!("the last checkpoint of the run is good: {}", path.display()),
+        None => "no checkpoint was written yet".into(),
     }
 }

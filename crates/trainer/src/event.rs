@@ -25,8 +25,14 @@ pub struct StepReport {
     pub seconds: f64,
     /// Samples per second.
     pub images_per_second: f64,
-    /// Whether the step was withheld because its loss or gradient was no number.
+    /// Whether the step was withheld because its loss or gradient was no number, or skipped because of an overflow.
     pub withheld: bool,
+    /// What the loss was multiplied by; f16 only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// Steps skipped so far because the gradient overflowed; f16 only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overflows: Option<u64>,
     /// Where the time of each rank went, in rank order.
     #[serde(default)]
     pub phases: Vec<Phases>,

@@ -27,6 +27,7 @@ pub mod metrics;
 pub mod on_gpu;
 pub mod outputs;
 pub mod plan;
+pub mod precision;
 pub mod preview;
 pub mod ranks;
 pub mod resume;

@@ -146,8 +146,8 @@ fn training(config: &RunConfig, map: &mut Metadata) {
     put(map, "ss_scale_weight_norms", None::<f64>);
     put(map, "ss_mixed_precision", t.mixed_precision.name());
     put(map, "ss_full_fp16", false);
-    put(map, "ss_fp8_base", false);
-    put(map, "ss_fp8_base_unet", false);
+    put(map, "ss_fp8_base", t.fp8_base);
+    put(map, "ss_fp8_base_unet", t.fp8_base_unet);
 
     put(map, "ss_noise_offset", t.noise_offset);
     put(map, "ss_noise_offset_random_strength", noise.noise_offset_random_strength);

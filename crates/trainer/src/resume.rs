@@ -147,6 +147,7 @@ mod tests {
             loss_average: 0.0,
             withheld_steps: 0,
             consecutive_withheld: 0,
+            loss_scaler: None,
             world_size,
             batches_per_step: accumulation as u64 * world_size,
             plan_fingerprint: String::new(),

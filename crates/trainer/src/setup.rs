@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::event::{Event, Observer};
 use crate::latents;
 use crate::outputs::Outputs;
+use crate::precision;
 use crate::ranks::Ranks;
 use crate::step::{Objective, Trained};
 
@@ -78,7 +79,7 @@ pub fn open(config: &RunConfig, observe: &mut Observer) -> Result<Sources> {
 /// Anything that keeps the run from starting.
 pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut Observer) -> Result<Parts> {
     let Sources { dataset, checkpoint, hash } = sources;
-    let model = base::load_model_as(&checkpoint, config.model.weight_dtype)?;
+    let model = base::load_for_training(config, &checkpoint)?;
     let network = base::create_network(config, &model)?;
     observe(Event::Note(base::table(config, &network)));
     for pattern in network.unmatched() {
@@ -138,9 +139,10 @@ fn derived(config: &RunConfig, data: &Data, sizes: &[usize], optimizer: &Optimiz
     let batch = t.batch_size as u64 * line.batches_per_step();
     let shared = if line.ranks > 1 { format!(" x processes {}", line.ranks) } else { String::new() };
     format!(
-        "compute f32 on {}; batch {} x accumulation {}{shared} = {batch} images per step\n\
+        "compute {} on {}; batch {} x accumulation {}{shared} = {batch} images per step\n\
          {} batches and {} steps per epoch; {} steps in all ({:.2} epochs)\n\
          {} with {} trained numbers; gradient checkpointing {}",
+        precision::describe(config),
         device::describe(device),
         t.batch_size,
         t.gradient_accumulation_steps,

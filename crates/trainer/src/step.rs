@@ -84,7 +84,7 @@ pub fn forward(model: &Sdxl, objective: &Objective, batch: &MicroBatch) -> Resul
 }
 
 /// Forward and backward of one micro-batch; `share` of its gradient is added to the parameters' gradients. `share` is
-/// its part of the step's samples, so that a short last batch counts by its samples. `on_gradient` is told of each gradient
+/// its part of the step's samples, so that a short last batch counts by its samples, times the loss scale. `on_gradient` is told of each gradient
 /// that was added. Gives the loss of each sample.
 ///
 /// # Errors
@@ -104,7 +104,8 @@ pub fn micro_step(model: &Sdxl, objective: &Objective, batch: &MicroBatch, share
 /// If shapes do not fit.
 pub fn locate_non_finite(model: &Sdxl, objective: &Objective, batch: &MicroBatch) -> Result<String> {
     ops::no_grad(|| {
-        let finite = |t: &Tensor| t.sum_all().and_then(|s| s.to_scalar::<f32>()).is_ok_and(f32::is_finite);
+        let sum = |t: &Tensor| t.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>();
+        let finite = |t: &Tensor| sum(t).is_ok_and(f32::is_finite);
         if !finite(&batch.latents) {
             return Ok("a latent".into());
         }
@@ -171,7 +172,8 @@ fn gradient_norm_on_device(grads: &[(usize, Tensor)], optimizer: &Optimizer) -> 
     Ok((sums.iter().sum::<f64>().sqrt(), sums.iter().position(|s| !s.is_finite())))
 }
 
-/// Clips by the global norm, steps every parameter that has a gradient at its group's rate, and forgets the gradients. A
+/// Divides the gradients by the loss scale, clips them by their global `norm` (of the divided ones), steps every parameter that has a
+/// gradient at its group's rate, and forgets the gradients. A
 /// parameter without gradient gets no update and no decay.
 ///
 /// # Errors
@@ -179,19 +181,19 @@ fn gradient_norm_on_device(grads: &[(usize, Tensor)], optimizer: &Optimizer) -> 
 pub fn update(
     trained: &[Trained],
     optimizer: &mut Optimizer,
-    norm: f64,
+    (norm, loss_scale): (f64, f64),
     max_grad_norm: f64,
     lr: impl Fn(ParameterGroup) -> f64,
 ) -> Result<()> {
-    let factor = clip::clip_factor(norm, max_grad_norm);
+    let factor = f64::from(clip::clip_factor(norm, max_grad_norm)) / loss_scale;
     for (index, t) in trained.iter().enumerate() {
         let Some(grad) = t.parameter.take_grad() else { continue };
         #[cfg(feature = "cuda")]
         if optimizer.kernels().is_some() {
-            crate::on_gpu::step(optimizer, index, &t.parameter.tensor(), &grad, factor, lr(t.group) as f32)?;
+            crate::on_gpu::step(optimizer, index, &t.parameter.tensor(), &grad, factor as f32, lr(t.group) as f32)?;
             continue;
         }
-        let grad = if factor == 1.0 { grad } else { (grad * f64::from(factor))? };
+        let grad = if factor == 1.0 { grad } else { (grad * factor)? };
         let value = t.parameter.tensor();
         let (host, grad) = (value.to_device(&Device::Cpu)?, grad.to_device(&Device::Cpu)?);
         let mut data = F32::new(&host)?.to_vec();

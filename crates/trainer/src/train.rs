@@ -16,6 +16,7 @@ use crate::ddp::Buckets;
 use crate::error::{Error, Result};
 use crate::event::{Event, Observer, Phases, StepReport};
 use crate::interrupt::Interrupt;
+use crate::precision::{self, Verdict};
 use crate::ranks::Ranks;
 use crate::resume;
 use crate::setup::{self, Parts};
@@ -102,6 +103,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         consecutive_withheld: 0,
         world_size: ranks.count() as u64,
         batches_per_step: timeline.batches_per_step(),
+        loss_scaler: precision::scaler(&config.train, None)?,
         plan_fingerprint: data.plan(0)?.fingerprint().into(),
         dataset_fingerprint: data.dataset.fingerprint(),
         base_hash,
@@ -115,8 +117,9 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         }
         ranks.copy_state_of_first(&trained, &mut optimizer)?;
         observe(Event::Note(resume::plan(&found, &data)?));
+        let loss_scaler = precision::scaler(&config.train, found.state.loss_scaler)?;
         let RunState { lokr, world_size, batches_per_step, .. } = state;
-        state = RunState { lokr, world_size, batches_per_step, ..found.state };
+        state = RunState { lokr, world_size, batches_per_step, loss_scaler, ..found.state };
     }
     if let Some(outputs) = &outputs {
         storage::write_whole(&run.join("recipe.toml"), recipe.as_bytes())?;
@@ -206,6 +209,7 @@ fn train_step(
     let Run { config, ranks, model, objective, trained, data, rates } = *run;
     let started = Instant::now();
     let samples = data.samples_of(state.step)?;
+    let scale = precision::loss_scale(state);
     let (mut loss, mut seen, mut phases) = (0.0, Vec::new(), Phases::default());
     let mut first_bad = None;
     let turns = data.timeline.accumulation;
@@ -220,7 +224,7 @@ fn train_step(
         ranks.fault.at("forward", state.step);
         buckets.begin_pass();
         let last = turn + 1 == turns || data.timeline.batch_of(state.step, turn + 1, ranks.rank() as u64).is_none();
-        let share = batch.len() as f64 / samples as f64;
+        let share = batch.len() as f64 / samples as f64 * scale;
         let on_gradient = &mut |parameter: &_| buckets.gradient_added(ranks, trained, parameter, last);
         let per_sample = step::micro_step(model, objective, &batch, share, on_gradient)?;
         let share = per_sample.iter().sum::<f64>() / samples as f64;
@@ -238,9 +242,10 @@ fn train_step(
         setup::check_gradients(config, trained)?;
     }
     let (norm, bad) = step::gradient_norm(trained, optimizer)?;
-    let withheld = !loss.is_finite() || !norm.is_finite();
+    let norm = norm / scale;
+    let verdict = precision::judge(state, loss, norm);
     let factors = rates.at(state.step);
-    if withheld {
+    if verdict != Verdict::Apply {
         // Nothing of this step reaches the weights or the optimizer's state.
         trained.iter().for_each(|t| t.parameter.zero_grad());
         state.withheld_steps += 1;
@@ -249,15 +254,25 @@ fn train_step(
         let what = first_bad.unwrap_or_else(|| format!("the gradient of {}", bad.unwrap_or_default()));
         let names: Vec<String> = seen.iter().map(|&s| data.path(s).display().to_string()).collect();
         let names = ranks.gather("samples of the step", &names)?.concat();
-        let found = Error::NotFinite { what, step: state.step + 1, samples: names.join(", ") };
-        if config.train.on_non_finite == OnNonFinite::Stop || state.consecutive_withheld >= config.train.max_withheld_steps {
-            return Err(found);
+        let (step, in_a_row) = (state.step + 1, state.consecutive_withheld);
+        let too_many = in_a_row >= config.train.max_withheld_steps;
+        if verdict == Verdict::Overflow {
+            let now = precision::loss_scale(state);
+            if too_many {
+                return Err(Error::Overflow { step, in_a_row, scale: now, checkpoint: last_checkpoint(config) });
+            }
+            observe(Event::Note(format!("step {step} is skipped: its gradient overflows at loss scale {scale}; the next takes {now}")));
+        } else {
+            let found = Error::NotFinite { what, step, samples: names.join(", "), checkpoint: last_checkpoint(config) };
+            if config.train.on_non_finite == OnNonFinite::Stop || too_many {
+                return Err(found);
+            }
+            observe(Event::Warning(format!("the step is withheld: {found}")));
         }
-        observe(Event::Warning(format!("the step is withheld: {found}")));
     } else {
-        step::update(trained, optimizer, norm, config.train.max_grad_norm, |group| factors.of(group))?;
+        step::update(trained, optimizer, (norm, scale), config.train.max_grad_norm, |group| factors.of(group))?;
         state.consecutive_withheld = 0;
-        state.loss_average = if state.step == 0 { loss } else { 0.98 * state.loss_average + 0.02 * loss };
+        state.loss_average = if state.step == state.withheld_steps { loss } else { 0.98 * state.loss_average + 0.02 * loss };
     }
     let (epoch, _) = data.timeline.window(state.step);
     state.step += 1;
@@ -275,7 +290,9 @@ fn train_step(
         samples,
         seconds,
         images_per_second: samples as f64 / seconds,
-        withheld,
+        withheld: verdict != Verdict::Apply,
+        loss_scale: state.loss_scaler.map(|_| scale),
+        overflows: state.loss_scaler.map(|s| s.total_skips),
         phases: shares.into_iter().map(|s| s.phases).collect(),
     })
 }
@@ -288,6 +305,11 @@ struct Share {
     /// Where that began, if it is none.
     first_bad: Option<String>,
     phases: Phases,
+}
+
+/// The newest whole checkpoint, for the message of a run that stops.
+fn last_checkpoint(config: &RunConfig) -> Option<std::path::PathBuf> {
+    checkpoint::find_newest_whole(&config.output.dir).ok()?.0.map(|found| found.path)
 }
 
 /// The learning rate of each part at each step.

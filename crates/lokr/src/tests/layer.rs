@@ -92,6 +92,41 @@ fn a_small_delta_acts_in_half_precision() {
     assert_eq!(Path::choose(256, [8, 8, 8, 8], 1, DType::F16, DType::F16), Path::Factored);
 }
 
+/// A scale far from 1 with factors that make up for it: what stands between the factors would pass f16's 65504 if the scale came
+/// first.
+#[test]
+fn no_scale_overflows_inside_the_chain_in_f16() {
+    let device = &candle_core::Device::Cpu;
+    let random = |n: u64, dims: &[usize], size: f64| {
+        let values = random::Stream::new(n, random::Purpose::Noise, 0, 0).normal(dims.iter().product());
+        (Tensor::from_vec(values, dims, device).expect("a tensor") * size).expect("scaled")
+    };
+    let half = |t: &Tensor| t.to_dtype(DType::F16).expect("f16");
+    let full = |t: &Tensor| t.to_dtype(DType::F32).expect("f32");
+    // Both orders of the chain: b <= a and a < b.
+    for (a, b) in [(4, 2), (2, 4)] {
+        for (scale, size1, size2) in [(1.0, 1.0, 1e-2), (256.0, 4.0, 1e-4), (1.0 / 256.0, 4.0, 10.0)] {
+            let (w1, w2) = (half(&random(1, &[a, b], size1)), half(&random(2, &[8, 8], size2)));
+            let (x, dy) = (half(&random(3, &[64, b * 8], 30.0)), half(&random(4, &[64, a * 8], 2.0)));
+            let weight = Tensor::zeros((a * 8, b * 8), DType::F16, device).expect("zeros");
+            let run = |compute: DType| {
+                let (x, w1, w2) = (Parameter::new("x", full(&x)), Parameter::new("w1", full(&w1)), Parameter::new("w2", full(&w2)));
+                let xv = ops::to_dtype(&x.value(), compute).expect("a type");
+                let path = Some(Path::Factored);
+                let y = crate::functional::lokr_linear(&xv, &weight, None, &w1.value(), &w2.value(), scale, path).expect("runs");
+                let out = full(y.tensor());
+                ops::backward(vec![(y, dy.to_dtype(compute).expect("a type"))]).expect("runs backward");
+                [Some(out), x.grad(), w1.grad(), w2.grad()].map(|t| t.expect("a gradient"))
+            };
+            let (got, want) = (run(DType::F16), run(DType::F32));
+            for (name, (got, want)) in ["y", "dx", "dw1", "dw2"].iter().zip(got.iter().zip(&want)) {
+                // Up to four roundings of 2^-11 each, relative to the largest value.
+                close(got, want, 2e-3, &format!("{name} at scale {scale}, {a}x{b}"));
+            }
+        }
+    }
+}
+
 #[test]
 fn at_multiplier_nought_the_layer_is_the_base_layer() {
     let tensors = golden::tensors("lokr.safetensors");

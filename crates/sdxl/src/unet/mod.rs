@@ -35,6 +35,8 @@ pub struct UNet {
     output_blocks: Vec<Vec<Layer>>,
     out_norm: Arc<Norm>,
     out_conv: Arc<Conv2d>,
+    /// Type of the activations.
+    pub compute: DType,
     /// Its shape.
     pub config: UNetConfig,
     /// Its modules.
@@ -125,10 +127,11 @@ impl UNet {
         let out_norm = s.group_norm(0, "GroupNorm32", c, config.norm_num_groups, 1e-5)?;
         let out_conv = s.conv2d(2, config.out_channels, c, 3, 1, 1)?;
         let tree = builder.finish()?;
-        Ok(Self { time_embed, label_emb, input_blocks, middle_block, output_blocks, out_norm, out_conv, config, tree })
+        let compute = DType::F32;
+        Ok(Self { time_embed, label_emb, input_blocks, middle_block, output_blocks, out_norm, out_conv, compute, config, tree })
     }
 
-    /// Noise (or v) prediction. `latents (n, 4, h, w)`, `timesteps (n)`, `context (n, tokens, context_dim)`,
+    /// Noise (or v) prediction, in f32 whatever the compute type. `latents (n, 4, h, w)`, `timesteps (n)`, `context (n, tokens, context_dim)`,
     /// `vector (n, adm_dim)`.
     ///
     /// # Errors
@@ -158,7 +161,9 @@ impl UNet {
         tap: &mut dyn FnMut(&str, &Value),
     ) -> Result<Value> {
         let width = self.config.block_out_channels[0];
-        let time = Value::constant(timestep_embedding(timesteps, width)?.to_dtype(latents.tensor().dtype())?);
+        let [latents, context, vector] = [latents, context, vector].map(|v| ops::to_dtype(v, self.compute));
+        let (latents, context, vector) = (latents?, &context?, &vector?);
+        let time = Value::constant(timestep_embedding(timesteps, width)?.to_dtype(self.compute)?);
         let mlp = |(first, second): &(Arc<Linear>, Arc<Linear>), x: &Value| second.forward(&ops::silu(&first.forward(x)?)?);
         let emb = ops::add(&mlp(&self.time_embed, &time)?, &mlp(&self.label_emb, vector)?)?;
         tap("emb", &emb);
@@ -186,7 +191,7 @@ impl UNet {
         };
 
         let mut skips = Vec::with_capacity(self.input_blocks.len());
-        let mut h = latents.clone();
+        let mut h = latents;
         for (i, layers) in self.input_blocks.iter().enumerate() {
             h = run(layers, h, None)?;
             tap(&format!("input_blocks.{i}"), &h);
@@ -200,6 +205,6 @@ impl UNet {
             h = run(layers, ops::cat(&[&h, &skip], 1)?, next)?;
             tap(&format!("output_blocks.{i}"), &h);
         }
-        self.out_conv.forward(&self.out_norm.forward_silu(&h)?)
+        ops::to_dtype(&self.out_conv.forward(&self.out_norm.forward_silu(&h)?)?, DType::F32)
     }
 }

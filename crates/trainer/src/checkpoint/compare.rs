@@ -13,6 +13,7 @@ const FREE: &[&str] = &[
     "train.ddp_check_every_n_steps",
     "train.on_non_finite",
     "train.max_withheld_steps",
+    "train.initial_loss_scale",
     "dataset.cache_latents_to_disk",
     "dataset.cache_latents_lazily",
     "dataset.cache_latents_dir",

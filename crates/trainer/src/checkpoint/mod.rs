@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Result;
 
 /// What a run carries besides tensors. What is not in it does not survive a resume.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunState {
     /// Version of this format.
     pub format: u32,
@@ -48,7 +48,7 @@ pub struct RunState {
     pub next_sample: Option<u32>,
     /// Moving average of the loss.
     pub loss_average: f64,
-    /// Steps withheld because of a loss or gradient that is no number.
+    /// Steps withheld because of a loss or gradient that is no number, those skipped because of an f16 overflow included.
     pub withheld_steps: u64,
     /// Withheld steps directly before this point.
     pub consecutive_withheld: u64,
@@ -58,6 +58,9 @@ pub struct RunState {
     /// Batches of a step, all processes together: accumulation x processes. 0: the recipe's accumulation.
     #[serde(default)]
     pub batches_per_step: u64,
+    /// The loss scale of f16 training and its counters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scaler: Option<optim::ScalerState>,
     /// Fingerprint of the plan of the epoch that the next step belongs to.
     pub plan_fingerprint: String,
     /// Fingerprint of the dataset.

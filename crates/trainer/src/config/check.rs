@@ -9,8 +9,8 @@ use optim::ScheduleKind;
 use super::error::Problem;
 use super::key::Setting;
 use super::read::written;
-use super::sections::PromptConfig;
-use super::train::MixedPrecision;
+use super::sections::{PromptConfig, WeightDtype};
+use super::train::{MixedPrecision, TrainConfig};
 use super::{RunConfig, StepCount};
 
 /// Collects problems.
@@ -51,6 +51,7 @@ impl RunConfig {
         let mut report = Report::default();
         self.check_length(&mut report);
         self.check_parts(&mut report);
+        self.check_precision(&mut report);
         self.check_network(&mut report);
         self.check_optimizer(&mut report);
         self.check_loss(&mut report);
@@ -116,19 +117,40 @@ impl RunConfig {
             report.require(!(on && zero), &[lr, part], what, format!("set {part} = false, or give a rate"));
         }
         report.require(
-            t.mixed_precision == MixedPrecision::No,
-            &["train.mixed_precision"],
-            format!(
-                "train.mixed_precision = {} needs half-precision kernels on a GPU, which this version does not have yet: it computes in f32 on the CPU",
-                written(&t.mixed_precision)
-            ),
-            "set train.mixed_precision = \"no\"; the base model's weights may stay f16 in the file and in memory",
-        );
-        report.require(
             matches!(t.max_token_length, 75 | 150 | 225),
             &["train.max_token_length"],
             format!("train.max_token_length = {} is not a whole number of 75-token rows", t.max_token_length),
             "use 75, 150 or 225",
+        );
+    }
+
+    fn check_precision(&self, report: &mut Report) {
+        let t = &self.train;
+        let (precision, scale) = (("train.mixed_precision", &t.mixed_precision), ("train.initial_loss_scale", &t.initial_loss_scale));
+        report.require(
+            (1.0..=f64::from(f32::MAX)).contains(&t.initial_loss_scale),
+            &[scale.0],
+            format!("train.initial_loss_scale = {} must be 1 or more", written(scale.1)),
+            "use 65536, or less if the first steps of your runs are skipped",
+        );
+        report.no_effect(
+            t.mixed_precision == MixedPrecision::Fp16 || t.initial_loss_scale == TrainConfig::default().initial_loss_scale,
+            scale,
+            precision,
+            "remove it, or set train.mixed_precision = \"fp16\"",
+        );
+        let auto = self.model.weight_dtype == WeightDtype::Auto;
+        report.require(
+            auto || !t.fp8_base,
+            &["model.weight_dtype", "train.fp8_base"],
+            format!("model.weight_dtype = {} and train.fp8_base = true both say how weights are kept", written(&self.model.weight_dtype)),
+            "remove one of them",
+        );
+        report.require(
+            !(t.fp8_base && t.fp8_base_unet),
+            &["train.fp8_base", "train.fp8_base_unet"],
+            "train.fp8_base = true keeps the text encoders in 8 bits, train.fp8_base_unet = true does not",
+            "remove one of them: train.fp8_base_unet for all parts in 8 bits, train.fp8_base for the UNet alone",
         );
     }
 

@@ -193,7 +193,7 @@ pub(super) fn compare_optimizer(device: &Device, report: &mut Report) -> Result<
             }
             let (norm, _) = step::gradient_norm(&trained, &optimizer)?;
             norms.push(norm);
-            step::update(&trained, &mut optimizer, norm, 1.0, |_| 1e-3)?;
+            step::update(&trained, &mut optimizer, (norm, 1.0), 1.0, |_| 1e-3)?;
         }
         let values = trained.iter().map(|t| host(&t.parameter.tensor())?.to_vec1()).collect::<candle_core::Result<Vec<Vec<f32>>>>()?;
         let states = optimizer.state()?.into_iter().map(|s| s.bytes.into_owned()).collect();

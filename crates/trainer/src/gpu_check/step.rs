@@ -78,7 +78,7 @@ fn run(device: &Device, config: &RunConfig, side: usize, n: usize, timed: u64) -
         let compute = lap.seconds()?;
         let (norm, _) = step::gradient_norm(&trained, &optimizer)?;
         let norm_seconds = lap.seconds()?;
-        step::update(&trained, &mut optimizer, norm, config.train.max_grad_norm, |group| base::learning_rate(config, group))?;
+        step::update(&trained, &mut optimizer, (norm, 1.0), config.train.max_grad_norm, |group| base::learning_rate(config, group))?;
         if s == 0 {
             (loss, first_norm) = (per_sample.iter().sum::<f64>() / n as f64, norm);
         } else {
