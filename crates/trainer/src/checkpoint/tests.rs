@@ -26,6 +26,7 @@ fn state(step: u64) -> RunState {
         consecutive_withheld: 0,
         world_size: 1,
         batches_per_step: 2,
+        loss_scaler: None,
         plan_fingerprint: "plan".into(),
         dataset_fingerprint: "dataset".into(),
         base_hash: "base".into(),
