@@ -150,7 +150,6 @@ mod tests {
             loss_scaler: None,
             world_size,
             batches_per_step: accumulation as u64 * world_size,
-            loss_scaler: None,
             plan_fingerprint: String::new(),
             dataset_fingerprint: String::new(),
             base_hash: String::new(),
