@@ -107,13 +107,7 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
         crate::on_gpu::use_device(&mut optimizer, model.device())?;
         optimizer
     };
-    let objective = Objective {
-        schedule: config.noise_schedule(),
-        loss: config.loss(),
-        prediction: config.prediction(),
-        gradient_checkpointing: config.train.gradient_checkpointing,
-        train_text_encoder: trained.iter().any(|t| t.group.is_text_encoder()),
-    };
+    let objective = Objective::new(config, &trained);
     let data = Arc::new(Data::new(config, dataset, cache, ranks.rank(), ranks.count())?);
     let outputs = ranks.is_first().then(|| Outputs::new(config, &model, Tokenizer::new()?, &data, &hash)).transpose()?;
     if data.caches_latents() {

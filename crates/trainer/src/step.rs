@@ -8,6 +8,7 @@ use optim::{Optimizer, clip};
 use sdxl::conditioning::added_condition;
 use sdxl::{GradientCheckpointing, Sdxl};
 
+use crate::config::RunConfig;
 use crate::error::Result;
 
 /// What one forward pass takes.
@@ -48,6 +49,19 @@ pub struct Objective {
     pub gradient_checkpointing: GradientCheckpointing,
     /// Whether the text encoders are trained; if not, they run without recording.
     pub train_text_encoder: bool,
+}
+
+impl Objective {
+    /// What a recipe asks; the text encoders are recorded if anything of them is trained.
+    pub fn new(config: &RunConfig, trained: &[Trained]) -> Self {
+        Self {
+            schedule: config.noise_schedule(),
+            loss: config.loss(),
+            prediction: config.prediction(),
+            gradient_checkpointing: config.train.gradient_checkpointing,
+            train_text_encoder: trained.iter().any(|t| t.group.is_text_encoder()),
+        }
+    }
 }
 
 /// What one forward pass gave.

@@ -63,13 +63,7 @@ fn run(device: &Device, config: &RunConfig, side: usize, n: usize, timed: u64) -
         optimizer
     };
     let mut optimizer = optimizer;
-    let objective = Objective {
-        schedule: config.noise_schedule(),
-        loss: config.loss(),
-        prediction: config.prediction(),
-        gradient_checkpointing: config.train.gradient_checkpointing,
-        train_text_encoder: trained.iter().any(|t| t.group.is_text_encoder()),
-    };
+    let objective = Objective::new(config, &trained);
     let (mut loss, mut first_norm, mut seconds) = (0.0, 0.0, [0.0; 3]);
     for s in 0..=timed {
         let batch = batch(config, s, (n, model.unet.config.in_channels, side, side), device)?;
