@@ -32,8 +32,8 @@ kernels=
 candle=$(cargo metadata --format-version 1 --features $features --manifest-path crates/cli/Cargo.toml |
     python3 -c 'import json,sys; print(next(p["manifest_path"] for p in json.load(sys.stdin)["packages"] if p["name"]=="candle-kernels"))')
 for name in affine binary cast conv fill indexing reduce ternary unary; do kernels="$kernels $(dirname "$candle")/src/$name.cu"; done
-kernels="$kernels $PWD/crates/optim/kernels/optim.cu"
-if [ ! -e "$dry/libdrykernels.so" ] || [ -n "$(find tools/dry-gpu crates/optim/kernels "$candle" -newer "$dry/libdrykernels.so" -type f)" ]; then
+for kernel in crates/optim/kernels/*.cu crates/ops/kernels/*.cu; do kernels="$kernels $PWD/$kernel"; done
+if [ ! -e "$dry/libdrykernels.so" ] || [ -n "$(find tools/dry-gpu crates/optim/kernels crates/ops/kernels "$candle" -newer "$dry/libdrykernels.so" -type f)" ]; then
     tools/dry-gpu/build.sh "$dry" $kernels
 fi
 export LIBRARY_PATH="$dry${LIBRARY_PATH:+:$LIBRARY_PATH}"

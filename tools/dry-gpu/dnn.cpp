@@ -1,4 +1,4 @@
-// A stand-in for libcudnn: descriptors and the forward convolution (cross-correlation, NCHW), with f32 sums.
+// A stand-in for libcudnn: descriptors, the convolution (cross-correlation, NCHW) and its two gradients, with f32 sums.
 #include "dry.h"
 
 #include <cstring>
@@ -23,6 +23,7 @@ struct Tensor {
 };
 struct Conv {
     int pad[2] = {}, stride[2] = {1, 1}, dilation[2] = {1, 1};
+    Type compute = Type::F32;
 };
 enum { OK = 0, BAD_PARAM = 2000, NOT_SUPPORTED = 3000 };
 
@@ -38,6 +39,99 @@ struct Perf {
 void contiguous(Tensor *t) {
     t->strides[3] = 1;
     for (int i = 2; i >= 0; i--) t->strides[i] = t->strides[i + 1] * t->dims[i + 1];
+}
+
+// Bytes of workspace that every algorithm asks for here, and overwrites.
+const size_t WORKSPACE = 4096;
+
+// The tensors of a convolution y = x * w, whichever of them is the result.
+struct Call {
+    const Tensor *x, *w, *y;
+    const Conv *c;
+
+    Call(const void *x, const void *w, const void *y, const void *c)
+        : x(static_cast<const Tensor *>(x)), w(static_cast<const Tensor *>(w)), y(static_cast<const Tensor *>(y)), c(static_cast<const Conv *>(c)) {}
+
+    // cuDNN's checks of sizes and types.
+    int check() const {
+        for (int i = 0; i < 2; i++) {
+            int reach = c->dilation[i] * (w->dims[2 + i] - 1) + 1, room = x->dims[2 + i] + 2 * c->pad[i] - reach;
+            if (room < 0 || y->dims[2 + i] != room / c->stride[i] + 1) return BAD_PARAM;
+        }
+        if (x->dims[1] != w->dims[1] || y->dims[1] != w->dims[0] || y->dims[0] != x->dims[0]) return BAD_PARAM;
+        if (x->type != w->type || x->type != y->type) return BAD_PARAM;
+        // f16 may be summed in f16 or f32, bf16 and f32 in f32, f64 in f64.
+        bool sums = c->compute == x->type ? x->type != Type::BF16 : c->compute == Type::F32 && size_of(x->type) == 2;
+        return sums ? OK : NOT_SUPPORTED;
+    }
+
+    // What a launch does first: the checks, the count, the use of the workspace.
+    int begin(void *workspace, size_t bytes) const {
+        if (int status = check()) return status;
+        if (x->type == Type::F64) dry_refuse("an f64 convolution");
+        if (!workspace || bytes < WORKSPACE) return BAD_PARAM;
+        if (dry_computes()) memset(workspace, 0xff, WORKSPACE);
+        const char *name = x->type == Type::F16 ? "conv f16" : x->type == Type::BF16 ? "conv bf16" : "conv f32";
+        dry_count(name, size_t(2) * x->dims[1] * w->dims[2] * w->dims[3] * y->dims[0] * y->dims[1] * y->dims[2] * y->dims[3]);
+        return OK;
+    }
+};
+
+std::vector<float> read(const Tensor *t, const void *data) {
+    const int *d = t->dims, *s = t->strides;
+    std::vector<float> out;
+    out.reserve(size_t(d[0]) * d[1] * d[2] * d[3]);
+    for (int i = 0; i < d[0]; i++)
+        for (int j = 0; j < d[1]; j++)
+            for (int k = 0; k < d[2]; k++)
+                for (int l = 0; l < d[3]; l++) out.push_back(load(data, t->type, size_t(i) * s[0] + size_t(j) * s[1] + size_t(k) * s[2] + size_t(l) * s[3]));
+    return out;
+}
+
+// data = alpha * values + beta * data; the scalars are f32, as all types here but f64 have them. Data is not read if beta is 0.
+void write(const Tensor *t, void *data, const std::vector<float> &values, const void *alpha, const void *beta) {
+    float a = load(alpha, Type::F32, 0), b = load(beta, Type::F32, 0);
+    const int *d = t->dims, *s = t->strides;
+    size_t from = 0;
+    for (int i = 0; i < d[0]; i++)
+        for (int j = 0; j < d[1]; j++)
+            for (int k = 0; k < d[2]; k++)
+                for (int l = 0; l < d[3]; l++) {
+                    size_t at = size_t(i) * s[0] + size_t(j) * s[1] + size_t(k) * s[2] + size_t(l) * s[3];
+                    store(data, t->type, at, a * values[from++] + (b != 0 ? b * load(data, t->type, at) : 0.0f));
+                }
+}
+
+// Calls `line(x, w, y, from, to)` for each run of products: output pixels from..to of one line, x at its pixel for the output pixel 0
+// (which may lie outside), `w` one number of the kernel, all as places in contiguous tensors. The innermost loop is the caller's.
+template <class Line> void each_line(const Call &call, Line line) {
+    auto [x, w, y, c] = call;
+    int step = c->stride[1];
+    for (int n = 0; n < y->dims[0]; n++)
+        for (int o = 0; o < y->dims[1]; o++)
+            for (int ci = 0; ci < x->dims[1]; ci++)
+                for (int ky = 0; ky < w->dims[2]; ky++)
+                    for (int kx = 0; kx < w->dims[3]; kx++) {
+                        size_t tap = ((size_t(o) * x->dims[1] + ci) * w->dims[2] + ky) * w->dims[3] + kx;
+                        int first = kx * c->dilation[1] - c->pad[1];
+                        int from = first < 0 ? (-first + step - 1) / step : 0;
+                        int to = first < x->dims[3] ? (x->dims[3] - 1 - first) / step + 1 : 0;
+                        if (to > y->dims[3]) to = y->dims[3];
+                        for (int i = 0; i < y->dims[2]; i++) {
+                            int row = i * c->stride[0] + ky * c->dilation[0] - c->pad[0];
+                            if (row < 0 || row >= x->dims[2]) continue;
+                            ptrdiff_t in = ((ptrdiff_t(n) * x->dims[1] + ci) * x->dims[2] + row) * x->dims[3] + first;
+                            size_t out = ((size_t(n) * y->dims[1] + o) * y->dims[2] + i) * y->dims[3];
+                            line(in, tap, out, from, to);
+                        }
+                    }
+}
+
+size_t count(const Tensor *t) { return size_t(t->dims[0]) * t->dims[1] * t->dims[2] * t->dims[3]; }
+
+int workspace(const Call &call, bool known, size_t *bytes) {
+    if (int status = call.check()) return status;
+    return known ? (*bytes = WORKSPACE, OK) : NOT_SUPPORTED;
 }
 } // namespace
 
@@ -69,13 +163,14 @@ int cudnnSetTensor4dDescriptorEx(void *t, int type, int n, int c, int h, int w, 
 int cudnnSetFilter4dDescriptor(void *t, int type, int format, int k, int c, int h, int w) {
     return cudnnSetTensor4dDescriptor(t, format, type, k, c, h, w);
 }
-int cudnnSetConvolution2dDescriptor(void *c, int ph, int pw, int sh, int sw, int dh, int dw, int mode, int) {
+int cudnnSetConvolution2dDescriptor(void *c, int ph, int pw, int sh, int sw, int dh, int dw, int mode, int compute) {
     // 1: cross-correlation.
     if (mode != 1 || ph < 0 || pw < 0 || sh <= 0 || sw <= 0 || dh <= 0 || dw <= 0) return BAD_PARAM;
-    *static_cast<Conv *>(c) = {{ph, pw}, {sh, sw}, {dh, dw}};
+    *static_cast<Conv *>(c) = {{ph, pw}, {sh, sw}, {dh, dw}, type_of(compute)};
     return OK;
 }
-int cudnnSetConvolutionMathType(void *, int) { return OK; }
+// 0 to 3: default, tensor cores, tensor cores with conversion, FMA only.
+int cudnnSetConvolutionMathType(void *, int math) { return math >= 0 && math <= 3 ? OK : BAD_PARAM; }
 int cudnnSetConvolutionGroupCount(void *, int groups) { return groups == 1 ? OK : NOT_SUPPORTED; }
 
 int cudnnGetConvolutionForwardAlgorithm_v7(void *, void *, void *, void *, void *, int wanted, int *returned, void *results) {
@@ -86,54 +181,63 @@ int cudnnGetConvolutionForwardAlgorithm_v7(void *, void *, void *, void *, void 
     *returned = 1;
     return OK;
 }
-int cudnnGetConvolutionForwardWorkspaceSize(void *, void *, void *, void *, void *, int, size_t *bytes) { return *bytes = 0, OK; }
+// The algorithms that are known here: forward 0 and 1 (implicit GEMM, with precomputed places), backward 1, the one whose sums repeat.
+int cudnnGetConvolutionForwardWorkspaceSize(void *, void *x, void *w, void *c, void *y, int algorithm, size_t *bytes) {
+    return workspace({x, w, y, c}, algorithm == 0 || algorithm == 1, bytes);
+}
+int cudnnGetConvolutionBackwardDataWorkspaceSize(void *, void *w, void *dy, void *c, void *dx, int algorithm, size_t *bytes) {
+    return workspace({dx, w, dy, c}, algorithm == 1, bytes);
+}
+int cudnnGetConvolutionBackwardFilterWorkspaceSize(void *, void *x, void *dy, void *c, void *dw, int algorithm, size_t *bytes) {
+    return workspace({x, dw, dy, c}, algorithm == 1, bytes);
+}
 
-int cudnnConvolutionForward(void *, const void *alpha, void *xd, const void *x, void *wd, const void *w, void *cd, int, void *, size_t, const void *beta, void *yd, void *y) {
-    auto xt = static_cast<Tensor *>(xd), wt = static_cast<Tensor *>(wd), yt = static_cast<Tensor *>(yd);
-    auto c = static_cast<Conv *>(cd);
-    for (int i = 0; i < 2; i++) {
-        int reach = c->dilation[i] * (wt->dims[2 + i] - 1) + 1;
-        if (yt->dims[2 + i] != (xt->dims[2 + i] + 2 * c->pad[i] - reach) / c->stride[i] + 1) return BAD_PARAM;
-    }
-    if (xt->dims[1] != wt->dims[1] || yt->dims[1] != wt->dims[0] || yt->dims[0] != xt->dims[0]) return BAD_PARAM;
-    if (xt->type != wt->type || xt->type != yt->type) return BAD_PARAM;
-    // Scalars are f32 but for f64 tensors.
-    if (xt->type == Type::F64) dry_refuse("an f64 convolution");
-    float a = load(alpha, Type::F32, 0), b = load(beta, Type::F32, 0);
-    int n = yt->dims[0], o = yt->dims[1], oh = yt->dims[2], ow = yt->dims[3], ci = xt->dims[1], h = xt->dims[2], wd2 = xt->dims[3], kh = wt->dims[2], kw = wt->dims[3];
-    dry_count(xt->type == Type::F16 ? "conv f16" : xt->type == Type::BF16 ? "conv bf16" : "conv f32", size_t(2) * n * o * oh * ow * ci * kh * kw);
+int cudnnConvolutionForward(void *, const void *alpha, void *xd, const void *x, void *wd, const void *w, void *cd, int algorithm, void *space, size_t bytes, const void *beta, void *yd, void *y) {
+    Call call(xd, wd, yd, cd);
+    if (algorithm != 0 && algorithm != 1) return NOT_SUPPORTED;
+    if (int status = call.begin(space, bytes)) return status;
     if (!dry_computes()) return OK;
-    std::vector<float> input(size_t(ci) * h * wd2), kernel(size_t(o) * ci * kh * kw), plane(size_t(oh) * ow);
-    for (size_t i = 0; i < kernel.size(); i++) kernel[i] = load(w, wt->type, i);
-    for (int s = 0; s < n; s++) {
-        for (int ch = 0; ch < ci; ch++)
-            for (int i = 0; i < h; i++)
-                for (int j = 0; j < wd2; j++)
-                    input[(size_t(ch) * h + i) * wd2 + j] =
-                        load(x, xt->type, size_t(s) * xt->strides[0] + size_t(ch) * xt->strides[1] + size_t(i) * xt->strides[2] + size_t(j) * xt->strides[3]);
-        for (int f = 0; f < o; f++) {
-            std::fill(plane.begin(), plane.end(), 0.0f);
-            for (int ch = 0; ch < ci; ch++)
-                for (int ky = 0; ky < kh; ky++)
-                    for (int kx = 0; kx < kw; kx++) {
-                        float k = kernel[((size_t(f) * ci + ch) * kh + ky) * kw + kx];
-                        for (int i = 0; i < oh; i++) {
-                            int yy = i * c->stride[0] + ky * c->dilation[0] - c->pad[0];
-                            if (yy < 0 || yy >= h) continue;
-                            const float *line = &input[(size_t(ch) * h + yy) * wd2];
-                            for (int j = 0; j < ow; j++) {
-                                int xx = j * c->stride[1] + kx * c->dilation[1] - c->pad[1];
-                                if (xx >= 0 && xx < wd2) plane[size_t(i) * ow + j] += k * line[xx];
-                            }
-                        }
-                    }
-            for (int i = 0; i < oh; i++)
-                for (int j = 0; j < ow; j++) {
-                    size_t at = size_t(s) * yt->strides[0] + size_t(f) * yt->strides[1] + size_t(i) * yt->strides[2] + size_t(j) * yt->strides[3];
-                    store(y, yt->type, at, a * plane[size_t(i) * ow + j] + (b != 0 ? b * load(y, yt->type, at) : 0.0f));
-                }
-        }
-    }
+    std::vector<float> image = read(call.x, x), kernel = read(call.w, w), out(count(call.y));
+    const int step = call.c->stride[1];
+    each_line(call, [&](ptrdiff_t in, size_t tap, size_t at, int from, int to) {
+        const float k = kernel[tap], *line = image.data();
+        float *sum = out.data() + at;
+        for (int j = from; j < to; j++) sum[j] += k * line[in + ptrdiff_t(j) * step];
+    });
+    write(call.y, y, out, alpha, beta);
+    return OK;
+}
+
+int cudnnConvolutionBackwardData(void *, const void *alpha, void *wd, const void *w, void *dyd, const void *dy, void *cd, int algorithm, void *space, size_t bytes, const void *beta, void *dxd, void *dx) {
+    Call call(dxd, wd, dyd, cd);
+    if (algorithm != 1) return NOT_SUPPORTED;
+    if (int status = call.begin(space, bytes)) return status;
+    if (!dry_computes()) return OK;
+    std::vector<float> kernel = read(call.w, w), grad = read(call.y, dy), out(count(call.x));
+    const int step = call.c->stride[1];
+    each_line(call, [&](ptrdiff_t in, size_t tap, size_t at, int from, int to) {
+        const float k = kernel[tap], *line = grad.data() + at;
+        float *sum = out.data();
+        for (int j = from; j < to; j++) sum[in + ptrdiff_t(j) * step] += k * line[j];
+    });
+    write(call.x, dx, out, alpha, beta);
+    return OK;
+}
+
+int cudnnConvolutionBackwardFilter(void *, const void *alpha, void *xd, const void *x, void *dyd, const void *dy, void *cd, int algorithm, void *space, size_t bytes, const void *beta, void *dwd, void *dw) {
+    Call call(xd, dwd, dyd, cd);
+    if (algorithm != 1) return NOT_SUPPORTED;
+    if (int status = call.begin(space, bytes)) return status;
+    if (!dry_computes()) return OK;
+    std::vector<float> image = read(call.x, x), grad = read(call.y, dy), out(count(call.w));
+    const int step = call.c->stride[1];
+    each_line(call, [&](ptrdiff_t in, size_t tap, size_t at, int from, int to) {
+        const float *pixels = image.data(), *line = grad.data() + at;
+        float sum = 0;
+        for (int j = from; j < to; j++) sum += pixels[in + ptrdiff_t(j) * step] * line[j];
+        out[tap] += sum;
+    });
+    write(call.w, dw, out, alpha, beta);
     return OK;
 }
 }

@@ -147,6 +147,9 @@ int cuDeviceGet(int *device, int ordinal) {
     if (ordinal < 0 || ordinal >= state().devices) return INVALID_DEVICE;
     return *device = ordinal, OK;
 }
+int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = nullptr, OK; }
+int cuMemPoolSetAttribute(void *, int, void *) { return OK; }
+int cuMemPoolGetAttribute(void *, int, void *value) { return *static_cast<uint64_t *>(value) = state().peak, OK; }
 int cuDeviceGetName(char *name, int length, int) { return snprintf(name, length, "Dry GPU"), OK; }
 int cuDeviceTotalMem_v2(size_t *bytes, int) { return *bytes = state().memory, OK; }
 int cuMemGetInfo_v2(size_t *free, size_t *total) {

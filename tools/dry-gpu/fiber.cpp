@@ -132,6 +132,20 @@ uint64_t fiber_shuffle_xor(uint64_t value, int mask) {
     return got;
 }
 
+void fiber_gather(const uint32_t *mine, int count, uint32_t *all) {
+    if (!running) {
+        fprintf(stderr, "dry-gpu: a warp's product in a kernel that is not listed with barriers\n");
+        abort();
+    }
+    slots[now] = reinterpret_cast<uint64_t>(mine);
+    leave(AT_WARP);
+    size_t first = now & ~size_t(31);
+    for (size_t lane = 0; lane < 32; lane++)
+        if (first + lane < fibers.size() && fibers[first + lane].wait != DONE)
+            memcpy(all + lane * count, reinterpret_cast<const uint32_t *>(slots[first + lane]), count * sizeof(uint32_t));
+    leave(AT_WARP);
+}
+
 void run_grid(Dim3 grid, Dim3 block, bool barriers, void (*f)(void *), void *a) {
     gridDim = grid;
     blockDim = block;

@@ -11,7 +11,7 @@
 use crate::kernel::{Layer, kron, merge};
 use candle_core::{DType, Result, Tensor};
 use ops::Value;
-use ops::kernel::{Delta, Frozen, fuses, mix, mix_grad, sum};
+use ops::kernel::{Delta, Frozen, fuses, mix, mix_grad, mix_onto, sum};
 
 /// How the forward pass and the input gradient are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,14 +175,14 @@ impl Op {
         let base = layer.forward(x, &self.weight, bias)?;
         let n = layer.samples(x);
         let (w1, w2) = self.factors(x.dtype())?;
-        let chain = if b <= a {
+        if b <= a {
             let u = layer.forward(&layer.split(x, b)?, &w2, None)?;
-            mix(&self.scaled(&self.w1, x.dtype())?, &layer.grouped(&u, n, b)?)?
+            mix_onto(&base, &self.scaled(&self.w1, x.dtype())?, &layer.grouped(&u, n, b)?)
         } else {
             let s = mix(&w1, &layer.grouped(x, n, b)?)?;
-            layer.forward(&self.as_samples(&s, a, x)?, &self.scaled(&self.w2, x.dtype())?, None)?
-        };
-        sum(&base, &chain.reshape(base.shape())?)
+            let chain = layer.forward(&self.as_samples(&s, a, x)?, &self.scaled(&self.w2, x.dtype())?, None)?;
+            sum(&base, &chain.reshape(base.shape())?)
+        }
     }
 
     /// The groups of `s (n, g, rest)` as samples, with the places of `like`.

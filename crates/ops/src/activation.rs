@@ -103,14 +103,31 @@ mod composed {
     }
 }
 
+/// The activations, by their numbers in kernels/pointwise.cu.
+#[cfg(feature = "cuda")]
+#[derive(Clone, Copy)]
+pub(crate) enum Kind {
+    Silu = 0,
+    QuickGelu = 1,
+    Gelu = 2,
+}
+
 macro_rules! activation {
-    ($(#[$doc:meta])* $name:ident, $f:ident, $df:ident, $composed:expr) => {
+    ($(#[$doc:meta])* $name:ident, $kind:ident, $f:ident, $df:ident, $composed:expr) => {
         $(#[$doc])*
         ///
         /// # Errors
         /// If candle fails.
         pub fn $name(x: &Value) -> Result<Value> {
             let t = x.tensor();
+            #[cfg(feature = "cuda")]
+            if let Some(device) = crate::cuda::device(t) {
+                let t = t.contiguous()?;
+                let out = crate::cuda::pointwise::activate(&device, Kind::$kind, &t)?;
+                return Ok(custom(stringify!($name), &[x], out, move |dy| {
+                    Ok(vec![Some(crate::cuda::pointwise::activate_grad(&device, Kind::$kind, &t, &dy.contiguous()?)?)])
+                }));
+            }
             let out = if fast(t) { map(t, #[inline(always)] |v| $f(v))? } else { $composed(t)?.0.to_dtype(t.dtype())? };
             let kept = t.clone();
             Ok(custom(stringify!($name), &[x], out, move |dy| {
@@ -127,15 +144,15 @@ macro_rules! activation {
 
 activation!(
     /// `x sigmoid(x)`.
-    silu, silu_f, silu_df, |t: &Tensor| composed::swish(t, 1.0)
+    silu, Silu, silu_f, silu_df, |t: &Tensor| composed::swish(t, 1.0)
 );
 activation!(
     /// `x sigmoid(1.702 x)`, CLIP-L's activation.
-    quick_gelu, quick_gelu_f, quick_gelu_df, |t: &Tensor| composed::swish(t, 1.702)
+    quick_gelu, QuickGelu, quick_gelu_f, quick_gelu_df, |t: &Tensor| composed::swish(t, 1.702)
 );
 activation!(
     /// `x Phi(x)` by the error function (Hendrycks and Gimpel 2016).
-    gelu, gelu_f, gelu_df, composed::gelu
+    gelu, Gelu, gelu_f, gelu_df, composed::gelu
 );
 
 /// `h * gelu(gate)` where `(.., 2 d)` holds `h` then `gate` (Shazeer 2020, GEGLU; the order is diffusers').
@@ -152,6 +169,16 @@ pub fn geglu(x: &Value) -> Result<Value> {
     let mut shape = t.dims().to_vec();
     if let Some(last) = shape.last_mut() {
         *last = d;
+    }
+    #[cfg(feature = "cuda")]
+    {
+        let sizes = (t.elem_count() / width.max(1), d);
+        if let Some(device) = crate::cuda::device(&t).filter(|_| crate::cuda::pointwise::serves_geglu(sizes.0, d)) {
+            let out = crate::cuda::pointwise::geglu(&device, &t, sizes, &shape)?;
+            return Ok(custom("geglu", &[x], out, move |dy| {
+                Ok(vec![Some(crate::cuda::pointwise::geglu_grad(&device, &t, &dy.contiguous()?, sizes)?)])
+            }));
+        }
     }
     let out = if fast(&t) {
         let xv = F32::new(&t)?;

@@ -15,13 +15,13 @@ const QUERIES: usize = 112;
 
 /// Sizes of one call: batch, heads, tokens of queries and of keys, features per head.
 #[derive(Clone, Copy)]
-struct Sizes {
-    n: usize,
-    heads: usize,
-    tq: usize,
-    tk: usize,
-    d: usize,
-    causal: bool,
+pub(crate) struct Sizes {
+    pub n: usize,
+    pub heads: usize,
+    pub tq: usize,
+    pub tk: usize,
+    pub d: usize,
+    pub causal: bool,
 }
 
 impl Sizes {
@@ -34,7 +34,7 @@ impl Sizes {
         Ok(Self { n, heads, tq, tk, d: inner / heads, causal })
     }
 
-    fn scale(&self) -> f32 {
+    pub fn scale(&self) -> f32 {
         1.0 / (self.d as f32).sqrt()
     }
 
@@ -65,10 +65,19 @@ impl Sizes {
 /// If shapes do not fit.
 pub fn attention(q: &Value, k: &Value, v: &Value, heads: usize, causal: bool) -> Result<Value> {
     let s = Sizes::new(q.tensor(), k.tensor(), v.tensor(), heads, causal)?;
-    if !fast(q.tensor()) {
-        return composed_attention(q, k, v, s);
-    }
     let (qt, kt, vt) = (q.tensor().contiguous()?, k.tensor().contiguous()?, v.tensor().contiguous()?);
+    #[cfg(feature = "cuda")]
+    if let Some(device) = crate::cuda::attention::serves(&qt, &kt, &vt, s) {
+        let (out, lse) = crate::cuda::attention::forward(&device, &qt, &kt, &vt, s)?;
+        let kept = out.clone();
+        return Ok(custom("attention", &[q, k, v], out, move |dy| {
+            let [dq, dk, dv] = crate::cuda::attention::backward(&device, [&qt, &kt, &vt], (&kept, &lse), &dy.contiguous()?, s)?;
+            Ok(vec![Some(dq), Some(dk), Some(dv)])
+        }));
+    }
+    if !fast(&qt) {
+        return composed_attention(q, k, v, s, (SCORES / (s.n * heads * s.tk).max(1)).clamp(1, s.tq.max(1)));
+    }
     let (out, lse) = forward(&F32::new(&qt)?, &F32::new(&kt)?, &F32::new(&vt)?, s);
     let out = tensor(out, qt.dims())?;
     let kept = out.clone();
@@ -234,31 +243,69 @@ fn backward(q: &[f32], k: &[f32], v: &[f32], out: &[f32], dy: &[f32], lse: &[f32
     (dq, dk, dv)
 }
 
-/// The plain form by candle's ops, which stores the probabilities. Softmax is f32. The scale goes into q before the product:
-/// in f16 the unscaled scores of wide heads pass 65504.
-fn composed_attention(q: &Value, k: &Value, v: &Value, s: Sizes) -> Result<Value> {
-    let dtype = q.tensor().dtype();
-    let split = move |t: &Tensor, tokens: usize| t.reshape((s.n, tokens, s.heads, s.d))?.transpose(1, 2)?.contiguous();
-    let join = move |t: &Tensor, tokens: usize| t.transpose(1, 2)?.contiguous()?.reshape((s.n, tokens, s.heads * s.d));
-    let (qh, kh, vh) = (split(q.tensor(), s.tq)?, split(k.tensor(), s.tk)?, split(v.tensor(), s.tk)?);
-    let scale = s.scale() as f64;
-    let mut scores = (&qh * scale)?.matmul(&kh.t()?)?.to_dtype(DType::F32)?;
-    if s.causal {
-        let mask: Vec<f32> = (0..s.tq * s.tk).map(|i| if i % s.tk > i / s.tk { f32::NEG_INFINITY } else { 0.0 }).collect();
-        scores = scores.broadcast_add(&Tensor::from_vec(mask, (s.tq, s.tk), q.tensor().device())?)?;
+/// Scores that the composed form has in memory at a time: 256 MiB of them in f32.
+const SCORES: usize = 1 << 26;
+
+/// The composed form's tensors of one call, by heads: `(n, heads, tokens, d)`.
+struct Heads {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Sizes,
+}
+
+impl Heads {
+    fn split(t: &Tensor, s: Sizes) -> Result<Tensor> {
+        t.reshape((s.n, (), s.heads, s.d))?.transpose(1, 2)?.contiguous()
     }
-    let e = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-    let p = e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
-    let out = join(&p.to_dtype(dtype)?.matmul(&vh)?, s.tq)?;
+
+    fn join(t: &Tensor, s: Sizes) -> Result<Tensor> {
+        t.transpose(1, 2)?.contiguous()?.reshape((s.n, (), s.heads * s.d))
+    }
+
+    /// Probabilities (n, heads, rows, tk) of the queries `rows` from `from` on, in f32. The scale goes into q before the product: in f16 the
+    /// unscaled scores of wide heads pass 65504.
+    fn probabilities(&self, from: usize, rows: usize) -> Result<Tensor> {
+        let s = self.s;
+        let q = (self.q.narrow(2, from, rows)?.contiguous()? * f64::from(s.scale()))?;
+        let mut scores = q.matmul(&self.k.t()?)?.to_dtype(DType::F32)?;
+        if s.causal {
+            let hidden = |i: usize| if i % s.tk > from + i / s.tk { f32::NEG_INFINITY } else { 0.0 };
+            let mask: Vec<f32> = (0..rows * s.tk).map(hidden).collect();
+            scores = scores.broadcast_add(&Tensor::from_vec(mask, (rows, s.tk), q.device())?)?;
+        }
+        let e = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+        e.broadcast_div(&e.sum_keepdim(D::Minus1)?)
+    }
+}
+
+/// By candle's ops, `chunk` queries at a time. Softmax is f32, and so are sums over chunks.
+fn composed_attention(q: &Value, k: &Value, v: &Value, s: Sizes, chunk: usize) -> Result<Value> {
+    let dtype = q.tensor().dtype();
+    let heads = Heads { q: Heads::split(q.tensor(), s)?, k: Heads::split(k.tensor(), s)?, v: Heads::split(v.tensor(), s)?, s };
+    let chunks = move || (0..s.tq).step_by(chunk).map(move |from| (from, chunk.min(s.tq - from)));
+    let part = |(from, rows)| heads.probabilities(from, rows)?.to_dtype(dtype)?.matmul(&heads.v);
+    let out = Heads::join(&Tensor::cat(&chunks().map(part).collect::<Result<Vec<_>>>()?, 2)?, s)?;
     Ok(custom("attention", &[q, k, v], out, move |dy| {
-        let dyh = split(&dy.contiguous()?, s.tq)?;
-        let dv = p.to_dtype(dtype)?.t()?.contiguous()?.matmul(&dyh)?;
-        let dp = dyh.matmul(&vh.t()?)?.to_dtype(DType::F32)?;
-        let delta = (&dp * &p)?.sum_keepdim(D::Minus1)?;
-        let ds = ((dp.broadcast_sub(&delta)? * &p)? * scale)?.to_dtype(dtype)?;
-        let dq = ds.matmul(&kh)?;
-        let dk = ds.t()?.contiguous()?.matmul(&qh)?;
-        Ok(vec![Some(join(&dq, s.tq)?), Some(join(&dk, s.tk)?), Some(join(&dv, s.tk)?)])
+        let dy = Heads::split(&dy.contiguous()?, s)?;
+        let (mut dq, mut sums) = (Vec::new(), None::<(Tensor, Tensor)>);
+        for (from, rows) in chunks() {
+            let p = heads.probabilities(from, rows)?;
+            let (qc, dyc) = (heads.q.narrow(2, from, rows)?.contiguous()?, dy.narrow(2, from, rows)?.contiguous()?);
+            let dv = p.to_dtype(dtype)?.t()?.contiguous()?.matmul(&dyc)?.to_dtype(DType::F32)?;
+            let dp = dyc.matmul(&heads.v.t()?)?.to_dtype(DType::F32)?;
+            let delta = (&dp * &p)?.sum_keepdim(D::Minus1)?;
+            let ds = ((dp.broadcast_sub(&delta)? * &p)? * f64::from(s.scale()))?.to_dtype(dtype)?;
+            dq.push(ds.matmul(&heads.k)?);
+            let dk = ds.t()?.contiguous()?.matmul(&qc)?.to_dtype(DType::F32)?;
+            sums = Some(match sums {
+                Some((dk_sum, dv_sum)) => ((dk_sum + dk)?, (dv_sum + dv)?),
+                None => (dk, dv),
+            });
+        }
+        let Some((dk, dv)) = sums else { candle_core::bail!("attention without queries") };
+        let dq = Heads::join(&Tensor::cat(&dq, 2)?, s)?;
+        Ok(vec![Some(dq), Some(Heads::join(&dk.to_dtype(dtype)?, s)?), Some(Heads::join(&dv.to_dtype(dtype)?, s)?)])
     }))
 }
 
@@ -278,10 +325,13 @@ mod tests {
             };
             let (q, k, v) = (make(tq, "q")?, make(tk, "k")?, make(tk, "v")?);
             let dy = Tensor::randn(0f32, 1.0, (n, tq, heads * d), &Device::Cpu)?;
-            let run = |plain: bool| -> Result<Vec<Vec<f32>>> {
+            let run = |plain: Option<usize>| -> Result<Vec<Vec<f32>>> {
                 let (qv, kv, vv) = (q.value(), k.value(), v.value());
                 let s = Sizes::new(qv.tensor(), kv.tensor(), vv.tensor(), heads, causal)?;
-                let y = if plain { composed_attention(&qv, &kv, &vv, s)? } else { attention(&qv, &kv, &vv, heads, causal)? };
+                let y = match plain {
+                    Some(chunk) => composed_attention(&qv, &kv, &vv, s, chunk)?,
+                    None => attention(&qv, &kv, &vv, heads, causal)?,
+                };
                 let mut all = vec![y.tensor().flatten_all()?.to_vec1::<f32>()?];
                 run_backward(vec![(y, dy.clone())])?;
                 for p in [&q, &k, &v] {
@@ -290,10 +340,13 @@ mod tests {
                 }
                 Ok(all)
             };
-            for (a, b) in run(false)?.iter().zip(&run(true)?) {
-                // Sums of up to 150 products of order one in another order: a few 1e-6.
-                let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-                assert!(worst < 1e-5, "{worst} for {:?}", (n, heads, tq, tk, d, causal));
+            let whole = run(Some(tq))?;
+            for other in [run(None)?, run(Some(32))?] {
+                for (a, b) in other.iter().zip(&whole) {
+                    // Sums of up to 150 products of order one in another order: a few 1e-6.
+                    let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+                    assert!(worst < 1e-5, "{worst} for {:?}", (n, heads, tq, tk, d, causal));
+                }
             }
         }
         Ok(())

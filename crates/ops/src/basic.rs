@@ -59,13 +59,24 @@ pub fn add_bias_nc(x: &Value, e: &Value) -> Result<Value> {
         });
         tensor(out, x.dims())?
     } else {
-        x.tensor().broadcast_add(&e.tensor().reshape((n, c, 1, 1))?)?
+        add_over(x.tensor(), e.tensor(), plane, (n, c, 1, 1))?
     };
     let need_e = e.requires_grad();
     Ok(custom("add_bias_nc", &[x, e], out, move |dy| {
         let de = if need_e { Some(sum_last(&dy.flatten_from(2)?)?) } else { None };
         Ok(vec![Some(dy.clone()), de])
     }))
+}
+
+/// `x + b` where b has a value for each run of `run` elements of x and begins anew behind its last: a bias of the last dimension (run 1) or
+/// of channels (run h w). `shape` is that of b as candle broadcasts it.
+pub(crate) fn add_over(x: &Tensor, b: &Tensor, run: usize, shape: impl Into<candle_core::Shape>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(y) = crate::cuda::pointwise::add_over(x, b, run)? {
+        return Ok(y);
+    }
+    let _ = run;
+    x.broadcast_add(&b.reshape(shape)?)
 }
 
 /// The sum over the last dimension, in f32 for narrower types: thousands of pixels would lose digits or overflow in f16.
@@ -121,7 +132,7 @@ pub fn matmul(x: &Value, y: &Value) -> Result<Value> {
 /// If shapes or types do not fit.
 pub fn product(a: &Tensor, a_t: bool, b: &Tensor, b_t: bool) -> Result<Tensor> {
     if !fast(a) || !fast(b) {
-        let turn = |t: &Tensor, turned: bool| if turned { t.t()?.contiguous() } else { Ok(t.clone()) };
+        let turn = |t: &Tensor, turned: bool| if turned { t.t() } else { Ok(t.clone()) };
         return turn(a, a_t)?.matmul(&turn(b, b_t)?);
     }
     let ((ar, ac), (br, bc)) = (a.dims2()?, b.dims2()?);

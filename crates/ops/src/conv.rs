@@ -1,7 +1,11 @@
 //! The frozen 2-d convolution. On the CPU a matrix product whose right operand, the patches, is gathered while it is packed; the
 //! input gradient is a product with the transposed kernel, whose columns are added to their places while they are in cache.
-//! Elsewhere the input gradient is a convolution with the flipped, transposed kernel.
+//! On the GPU, with the feature `cudnn`, all three products are cuDNN's. Elsewhere the input gradient is a convolution with the flipped,
+//! transposed kernel.
 
+use crate::basic::add_over;
+#[cfg(feature = "cudnn")]
+use crate::cudnn;
 use crate::gemm::{Dst, Product, Threads, gemm, kernel};
 use crate::linear::{stored, widen};
 use crate::pack::Operand;
@@ -154,7 +158,7 @@ pub fn conv2d_forward<'a>(
     if !fast(&x) {
         let y = plain(&x, &widen(weight, x.dtype())?, padding, stride, 1)?;
         return match bias {
-            Some(b) => y.broadcast_add(&b.reshape((1, o, 1, 1))?),
+            Some(b) => add_over(&y, &b, g.pixels(), (1, o, 1, 1)),
             None => Ok(y),
         };
     }
@@ -190,8 +194,12 @@ pub fn conv2d_forward<'a>(
     tensor(y, (g.n, o, g.oh, g.ow))
 }
 
-/// candle's convolution; its CPU form lacks bf16, which is widened there.
+/// cuDNN's convolution where it serves, or candle's; the CPU form of that lacks bf16, which is widened there.
 fn plain(x: &Tensor, kernel: &Tensor, padding: usize, stride: usize, dilation: usize) -> Result<Tensor> {
+    #[cfg(feature = "cudnn")]
+    if dilation == 1 && cudnn::serves(x) {
+        return cudnn::forward(x, kernel, stride, padding);
+    }
     if x.device().is_cpu() && x.dtype() == DType::BF16 {
         let (x, kernel) = (x.to_dtype(DType::F32)?, kernel.to_dtype(DType::F32)?);
         return x.conv2d(&kernel, padding, stride, dilation, 1)?.to_dtype(DType::BF16);
@@ -208,9 +216,10 @@ fn each_image(n: usize, work: usize, one: impl Fn(usize, Threads) + Sync) {
     }
 }
 
-/// The gradient of the input `(n, c, h, w)` from `dy (n, o, oh, ow)`. On the CPU by products with the kernel's transpose; elsewhere
-/// for stride 1 the convolution of `dy` with the flipped kernel, its first two dimensions swapped, and for larger strides the
-/// same on `dy` with zeros between its pixels. A delta is added to the weight on the way (f32 on the CPU only).
+/// The gradient of the input `(n, c, h, w)` from `dy (n, o, oh, ow)`. On the CPU by products with the kernel's transpose, on the GPU
+/// with the feature `cudnn` by cuDNN; elsewhere for stride 1 the convolution of `dy` with the flipped kernel, its first two dimensions
+/// swapped, and for larger strides the same on `dy` with zeros between its pixels. A delta is added to the weight on the way (f32 on
+/// the CPU only).
 ///
 /// # Errors
 /// If shapes do not fit, or the padding exceeds the kernel's reach.
@@ -235,7 +244,12 @@ pub fn conv2d_input_grad<'a>(
         let weight = stored(weight)?;
         return input_grad(&dy.contiguous()?, &Frozen { weight: &weight, delta }, o, g);
     }
-    let flipped = flip(&widen(weight, dy.dtype())?)?;
+    let weight = widen(weight, dy.dtype())?;
+    #[cfg(feature = "cudnn")]
+    if cudnn::serves(dy) {
+        return cudnn::input_grad(dy, &weight, size, stride, padding);
+    }
+    let flipped = flip(&weight)?;
     if stride == 1 {
         return conv2d_forward(dy, &flipped, None, 1, kh - 1 - padding);
     }
@@ -336,6 +350,10 @@ pub fn conv2d_weight_grad(x: &Tensor, dy: &Tensor, kernel: (usize, usize), strid
     }
     let shape = (o, g.c, kernel.0, kernel.1);
     let (x, dy) = (x.contiguous()?, dy.contiguous()?);
+    #[cfg(feature = "cudnn")]
+    if cudnn::serves(&x) {
+        return cudnn::weight_grad(&x, &dy, kernel, stride, padding);
+    }
     if !fast(&x) || !fast(&dy) {
         // dW = conv of x (channels as batch) with dy (channels as kernels), dilated by the stride.
         let images = x.transpose(0, 1)?.contiguous()?;

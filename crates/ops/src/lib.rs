@@ -5,7 +5,7 @@
 //! tensor is a [`Parameter`]; [`backward`] adds into its gradient as soon as that is complete and drops what the
 //! forward pass kept as it goes. [`checkpoint`] keeps only a segment's inputs and runs it again in the backward pass.
 //! Every op has a fast form for f32 on the CPU and a form composed of candle's ops for every other type and device;
-//! the tests hold the first against the second. In f16 and bf16 the composed form keeps statistics, softmax, activation
+//! the tests hold the first against the second. Where the composed form is slow on a GPU, kernels of our own serve it (`cuda`). In f16 and bf16 the composed form keeps statistics, softmax, activation
 //! functions and sums over pixels in f32.
 //!
 //! Letters in shapes, in all crates: `n` batch, `c` channels (`o` output channels), `h`, `w` height and width,
@@ -20,6 +20,8 @@ mod checkpoint;
 mod conv;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cudnn")]
+mod cudnn;
 mod e4m3;
 mod gemm;
 mod linear;
@@ -39,7 +41,7 @@ pub use candle_core::{Error, Result};
 pub use checkpoint::checkpoint;
 pub use conv::conv2d;
 #[cfg(feature = "cuda")]
-pub use cuda::gpu;
+pub use cuda::{gpu, gpu_memory_peak};
 pub use e4m3::{E4M3_MAX, e4m3_codes, e4m3_decode, e4m3_encode};
 pub use gemm::with_bf16;
 pub use linear::{linear, widen};
@@ -53,7 +55,7 @@ pub mod kernel {
     pub use crate::basic::{product, sum};
     pub use crate::conv::{conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
     pub use crate::linear::{linear_forward, linear_input_grad};
-    pub use crate::mix::{mix, mix_grad};
+    pub use crate::mix::{mix, mix_grad, mix_onto};
     pub use crate::view::fast as fuses;
     pub use crate::weight::{Delta, Frozen};
 }

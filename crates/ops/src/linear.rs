@@ -1,5 +1,6 @@
 //! The frozen linear layer: an input gradient, never a weight gradient.
 
+use crate::basic::add_over;
 use crate::gemm::{gemm, gemm_into};
 use crate::pack::Operand;
 use crate::tape::{Value, custom};
@@ -54,7 +55,7 @@ pub fn linear_forward<'a>(x: &Tensor, weight: impl Into<Frozen<'a>>, bias: Optio
     if !fast(&x) {
         let y = x.reshape((n, inner))?.matmul(&widen(weight, x.dtype())?.t()?)?;
         return match bias {
-            Some(b) => y.broadcast_add(&b)?.reshape(shape),
+            Some(b) => add_over(&y, &b, 1, out)?.reshape(shape),
             None => y.reshape(shape),
         };
     }

@@ -1,6 +1,7 @@
 //! The small factor of a Kronecker product applied over groups, and its gradient: many tiny products, too small for a
 //! matrix multiplication each.
 
+use crate::basic::sum;
 use crate::math::simd;
 use crate::view::{F32, build, fast, grain, tensor};
 use candle_core::{D, DType, Result, Tensor};
@@ -20,6 +21,12 @@ pub fn mix(w: &Tensor, x: &Tensor) -> Result<Tensor> {
         candle_core::bail!("mix: w {:?}, x {:?}", w.dims(), x.dims());
     }
     let (w, x) = (w.contiguous()?, x.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if let Some(device) = crate::cuda::device(&x)
+        && let Some(y) = crate::cuda::mix::mix(&device, &w, &x, None)?
+    {
+        return Ok(y);
+    }
     if !fast(&x) || !fast(&w) {
         return w.reshape((1, p, q))?.broadcast_as((n, p, q))?.contiguous()?.matmul(&x);
     }
@@ -58,6 +65,24 @@ pub fn mix(w: &Tensor, x: &Tensor) -> Result<Tensor> {
     tensor(unsafe { build(n * p * rest, write) }, (n, p, rest))
 }
 
+/// `base + y` for the `y` of [`mix`], in the shape of `base`.
+///
+/// # Errors
+/// If shapes or types do not fit.
+pub fn mix_onto(base: &Tensor, w: &Tensor, x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(device) = crate::cuda::device(x).filter(|_| base.dtype() == x.dtype()) {
+        let (p, (n, q, rest)) = (w.dim(0)?, x.dims3()?);
+        if w.dim(1)? == q && base.elem_count() == n * p * rest {
+            let (w, x, base) = (w.contiguous()?, x.contiguous()?, base.contiguous()?);
+            if let Some(y) = crate::cuda::mix::mix(&device, &w, &x, Some(&base))? {
+                return y.reshape(base.shape());
+            }
+        }
+    }
+    sum(base, &mix(w, x)?.reshape(base.shape())?)
+}
+
 /// `sum over n of y (n, p, rest) x (n, q, rest)^T`, added up in f32: `(p, q)`.
 ///
 /// # Errors
@@ -68,6 +93,12 @@ pub fn mix_grad(y: &Tensor, x: &Tensor) -> Result<Tensor> {
         candle_core::bail!("mix_grad: y {:?}, x {:?}", y.dims(), x.dims());
     }
     let (y, x) = (y.contiguous()?, x.contiguous()?);
+    #[cfg(feature = "cuda")]
+    if let Some(device) = crate::cuda::device(&x).filter(|_| x.dtype() == y.dtype())
+        && let Some(dw) = crate::cuda::mix::mix_grad(&device, &y, &x)?
+    {
+        return Ok(dw);
+    }
     if !fast(&x) || !fast(&y) {
         return y.matmul(&x.transpose(D::Minus2, D::Minus1)?.contiguous()?)?.to_dtype(DType::F32)?.sum(0);
     }

@@ -65,6 +65,12 @@ pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f
     if dims.len() < 2 || groups == 0 || !dims[1].is_multiple_of(groups) || weight.dims() != [dims[1]] || bias.dims() != [dims[1]] {
         candle_core::bail!("group norm: input {dims:?}, {groups} groups, weight {:?}, bias {:?}", weight.dims(), bias.dims());
     }
+    #[cfg(feature = "cuda")]
+    if let Some(device) = crate::cuda::device(x.tensor())
+        && let Some(y) = crate::cuda::norm::group_norm(device, x, weight, bias, groups, eps, with_silu)?
+    {
+        return Ok(y);
+    }
     if !fast(x.tensor()) {
         return composed_group_norm(x, weight, bias, groups, eps, with_silu);
     }
@@ -231,6 +237,12 @@ pub fn layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<V
     let d = x.tensor().dim(D::Minus1)?;
     if weight.dims() != [d] || bias.dims() != [d] {
         candle_core::bail!("layer norm: input {:?}, weight {:?}, bias {:?}", x.dims(), weight.dims(), bias.dims());
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(device) = crate::cuda::device(x.tensor())
+        && let Some(y) = crate::cuda::norm::layer_norm(device, x, weight, bias, eps)?
+    {
+        return Ok(y);
     }
     if !fast(x.tensor()) {
         return composed_layer_norm(x, weight, bias, eps);

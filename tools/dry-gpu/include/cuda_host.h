@@ -33,6 +33,10 @@ struct float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -40,6 +44,8 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 void fiber_block_barrier();
 // Exchanges a word between the threads of a warp: gives what the thread `lane ^ mask` of this warp has put in.
 uint64_t fiber_shuffle_xor(uint64_t value, int mask);
+// Gives all lanes of the warp what each has put in: `count` words of lane 0, then of lane 1, and so on.
+void fiber_gather(const uint32_t *mine, int count, uint32_t *all);
 inline void __syncthreads() { fiber_block_barrier(); }
 inline void __syncwarp(unsigned = 0xffffffff) { fiber_shuffle_xor(0, 0); }
 template <class T> T __shfl_xor_sync(unsigned, T value, int mask, int = 32) {

@@ -48,6 +48,16 @@ const CASES: &[Case] = &[
         inputs: &[&[2, 77, 64], &[2, 77, 64], &[2, 77, 64]],
         forward: |v| ops::attention(&v[0], &v[1], &v[2], 4, true),
     },
+    Case {
+        name: "attention, heads of 64",
+        inputs: &[&[2, 130, 128], &[2, 77, 128], &[2, 77, 128]],
+        forward: |v| ops::attention(&v[0], &v[1], &v[2], 2, false),
+    },
+    Case {
+        name: "attention, heads of 64, causal",
+        inputs: &[&[2, 77, 192], &[2, 77, 192], &[2, 77, 192]],
+        forward: |v| ops::attention(&v[0], &v[1], &v[2], 3, true),
+    },
     Case { name: "linear", inputs: &[&[2, 77, 64], &[48, 64], &[48]], forward: |v| ops::linear(&v[0], v[1].tensor(), Some(v[2].tensor())) },
     Case {
         name: "conv2d 3x3",
@@ -73,6 +83,16 @@ const CASES: &[Case] = &[
         name: "lokr linear, merged",
         inputs: &[&[2, 77, 64], &[48, 64], &[4, 4], &[12, 16]],
         forward: |v| lokr_linear(v, lokr::functional::Path::Merged),
+    },
+    Case {
+        name: "lokr linear, wide",
+        inputs: &[&[2, 77, 64], &[16, 64], &[2, 8], &[8, 8]],
+        forward: |v| lokr_linear(v, lokr::functional::Path::Factored),
+    },
+    Case {
+        name: "lokr linear, factor 8",
+        inputs: &[&[2, 77, 64], &[48, 64], &[8, 8], &[6, 8]],
+        forward: |v| lokr_linear(v, lokr::functional::Path::Factored),
     },
     Case {
         name: "lokr conv2d",

@@ -9,34 +9,42 @@ use random::{Purpose, Stream};
 
 use super::Report;
 use crate::base;
-use crate::config::{Compat, ConfigError, RunConfig};
+use crate::config::{Compat, ConfigError, MixedPrecision, RunConfig};
 use crate::data::chunks;
 use crate::error::Result;
+use crate::precision;
 use crate::step::{self, MicroBatch, Objective, Trained};
 
 /// Steps that are timed, after one that is not.
 const TIMED: u64 = 5;
+/// Of f16: far from both ends of its range for the gradients of these batches.
+const LOSS_SCALE: f64 = 1024.0;
 
-/// One step's loss and gradient norm on both devices, with latents of noise; then times and memory on the GPU.
+/// One step's loss and gradient norm on both devices, with latents of noise, on the CPU in f32; then times and memory on the GPU.
 pub(super) fn compare(device: &Device, config: &RunConfig, report: &mut Report) -> Result<()> {
     config.check().map_err(ConfigError::Problems)?;
     let side = config.dataset.resolution.0 as usize;
-    report.line(&format!("A step of {}: batch {}, {side}x{side}", config.model.base.display(), config.train.batch_size));
-    let small = run(&Device::Cpu, config, 32.min(side / 8), 1, 0)?;
+    let (base, batch) = (config.model.base.display(), config.train.batch_size);
+    report.line(&format!("A step of {base}: batch {batch}, {side}x{side}, {}", precision::describe(config)));
+    let mut exact = config.clone();
+    (exact.train.mixed_precision, exact.train.fp8_base, exact.train.fp8_base_unet) = (MixedPrecision::No, false, false);
+    let small = run(&Device::Cpu, &exact, 32.min(side / 8), 1, 0)?;
     let same = run(device, config, 32.min(side / 8), 1, 0)?;
     let relative = |a: f64, b: f64| ((a - b) / b).abs();
     // Sums over the whole network in another order; with half precision on the GPU, its rounding.
     report.compare("loss of a batch of one", relative(same.loss, small.loss), 1e-2);
     report.compare("norm of its gradient", relative(same.norm, small.norm), 5e-2);
-    let full = run(device, config, side / 8, config.train.batch_size, TIMED)?;
+    let full = run(device, config, side / 8, batch, TIMED)?;
     let seconds = full.seconds.map(|s| s / TIMED as f64);
     for (phase, seconds) in ["forward and backward", "gradient norm", "update"].iter().zip(seconds) {
         report.line(&format!("{phase:<44} {:>9.3} s", seconds));
     }
-    let images = config.train.batch_size as f64 / seconds[0];
+    let images = batch as f64 / seconds[0];
     report.line(&format!("{:<44} {images:>9.3} images/s", "forward and backward alone"));
-    if let Some((used, all)) = full.memory {
-        report.line(&format!("{:<44} {:>9.2} GiB of {:.2}", "memory of the GPU in use after these steps", used, all));
+    if let Some((used, reserved)) = full.memory {
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        let line = format!("{:>9.2} GiB, {:.2} GiB with what the driver keeps", gib(used), gib(reserved));
+        report.line(&format!("{:<44} {line}", "most memory that tensors held"));
     }
     Ok(())
 }
@@ -46,12 +54,14 @@ struct Outcome {
     norm: f64,
     /// Of forward and backward, norm, update.
     seconds: [f64; 3],
-    memory: Option<(f64, f64)>,
+    /// Most bytes held by tensors, and by the driver for them.
+    memory: Option<(u64, u64)>,
 }
 
 fn run(device: &Device, config: &RunConfig, side: usize, n: usize, timed: u64) -> Result<Outcome> {
     let checkpoint = base::open_checkpoint(&config.model, config.train.compat == Some(Compat::SdScripts))?.with_device(device.clone());
-    let model = base::load_model(&checkpoint)?;
+    let model = base::load_for_training(config, &checkpoint)?;
+    model.vae.release();
     let network = base::create_network(config, &model)?;
     let trained: Vec<Trained> = network.parameters().into_iter().map(|(group, parameter)| Trained { group, parameter }).collect();
     let sizes: Vec<usize> = trained.iter().map(|t| t.parameter.tensor().elem_count()).collect();
@@ -64,15 +74,17 @@ fn run(device: &Device, config: &RunConfig, side: usize, n: usize, timed: u64) -
     };
     let mut optimizer = optimizer;
     let objective = Objective::new(config, &trained);
+    let scale = if config.train.mixed_precision == MixedPrecision::Fp16 { LOSS_SCALE } else { 1.0 };
     let (mut loss, mut first_norm, mut seconds) = (0.0, 0.0, [0.0; 3]);
+    _ = peak(device);
     for s in 0..=timed {
         let batch = batch(config, s, (n, model.unet.config.in_channels, side, side), device)?;
         let mut lap = Lap::new(device);
-        let per_sample = step::micro_step(&model, &objective, &batch, 1.0, &mut |_| Ok(()))?;
+        let per_sample = step::micro_step(&model, &objective, &batch, scale, &mut |_| Ok(()))?;
         let compute = lap.seconds()?;
-        let (norm, _) = step::gradient_norm(&trained, &optimizer)?;
+        let norm = step::gradient_norm(&trained, &optimizer)?.0 / scale;
         let norm_seconds = lap.seconds()?;
-        step::update(&trained, &mut optimizer, (norm, 1.0), config.train.max_grad_norm, |group| base::learning_rate(config, group))?;
+        step::update(&trained, &mut optimizer, (norm, scale), config.train.max_grad_norm, |group| base::learning_rate(config, group))?;
         if s == 0 {
             (loss, first_norm) = (per_sample.iter().sum::<f64>() / n as f64, norm);
         } else {
@@ -81,7 +93,7 @@ fn run(device: &Device, config: &RunConfig, side: usize, n: usize, timed: u64) -
             }
         }
     }
-    Ok(Outcome { loss, norm: first_norm, seconds, memory: memory(device) })
+    Ok(Outcome { loss, norm: first_norm, seconds, memory: peak(device) })
 }
 
 /// Latents of noise, and a caption of the start and end tokens alone.
@@ -114,15 +126,12 @@ impl Lap {
     }
 }
 
-/// GiB in use and in all.
-fn memory(device: &Device) -> Option<(f64, f64)> {
-    match device {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(cuda) => {
-            let (free, all) = cuda.cuda_stream().context().mem_get_info().ok()?;
-            let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
-            Some((gib(all - free), gib(all)))
-        }
-        _ => None,
+/// Most bytes that tensors of a GPU have held since the last look, and that its driver holds for them.
+fn peak(device: &Device) -> Option<(u64, u64)> {
+    #[cfg(feature = "cuda")]
+    if device.is_cuda() {
+        return ops::gpu_memory_peak(device).ok();
     }
+    let _ = device;
+    None
 }

@@ -263,7 +263,8 @@ type Taken = HashMap<(ParameterGroup, String), Path>;
 
 impl Run<'_> {
     fn meter(&self, speed: Option<Speed>) -> Rc<Meter> {
-        Meter::new(if self.half { 2 } else { 4 }, !self.device.is_cpu(), speed)
+        // Kernels serve f32 on the CPU, and half precision on GPUs.
+        Meter::new(if self.half { 2 } else { 4 }, self.device.is_cpu() == self.half, speed)
     }
 
     fn net(&self, meter: &Rc<Meter>, layers: HashMap<String, Layer>, compute: DType) -> Rc<Net> {

@@ -14,6 +14,8 @@ use super::tape::{Back, Meter, V, Work, constant, op, segment};
 
 /// Query rows whose scores are in memory at a time, for each thread (`ops::attention`).
 const QUERIES: u64 = 112;
+/// Scores that the form by candle's ops has in memory at a time.
+const SCORES: u64 = 1 << 26;
 
 /// An adapter in a layer.
 #[derive(Clone, Copy, Debug)]
@@ -161,10 +163,11 @@ impl Net {
         m.work(forward);
         let (mut saved, mut scratch) = (vec![q.buffer.clone(), k.buffer.clone(), v.buffer.clone()], 8 * QUERIES * tk * 2);
         if m.composed {
-            // Copies by head, and the probabilities in f32.
-            saved = vec![m.buffer((q.elements + k.elements + v.elements) * m.element), m.buffer(4 * scores)];
-            scratch = 3 * 4 * scores;
-            let _scores = m.buffer(2 * 4 * scores);
+            // Copies by head, and the scores of some queries in f32.
+            saved = vec![m.buffer((q.elements + k.elements + v.elements) * m.element)];
+            let some = scores.min(SCORES);
+            scratch = 4 * 4 * some;
+            let _scores = m.buffer(3 * 4 * some);
         }
         let (scratch_forward, rows) = (m.buffer(4 * QUERIES * tk * 2), m.buffer(4 * n * heads * tq));
         saved.push(rows);

@@ -32,7 +32,7 @@ pub struct Speed {
 pub(super) struct Meter {
     /// Bytes of an element of the activations.
     pub element: u64,
-    /// Attention by ops that store the probabilities, as on a GPU.
+    /// Attention by candle's ops, with the scores of many queries in memory at a time.
     pub composed: bool,
     speed: Option<Speed>,
     live: Cell<u64>,
