@@ -15,8 +15,10 @@ fn main() {
         for arch in ["86", "89", "90"] {
             let ptx = out.join(format!("{name}.sm_{arch}.ptx"));
             let source = format!("kernels/{name}.cu");
-            let status =
-                Command::new(&nvcc).args(["--ptx", "-O3", "-std=c++17", &format!("-arch=compute_{arch}"), &source, "-o"]).arg(&ptx).status();
+            let status = Command::new(&nvcc)
+                .args(["--ptx", "-O3", "-std=c++17", &format!("-arch=compute_{arch}"), &source, "-o"])
+                .arg(&ptx)
+                .status();
             let made = status.as_ref().is_ok_and(std::process::ExitStatus::success);
             assert!(made, "`{nvcc}` did not compile {source} ({status:?}): scripts/cuda-toolkit.sh installs a compiler");
         }

@@ -11,7 +11,7 @@
 use crate::kernel::{Layer, kron, merge};
 use candle_core::{DType, Result, Tensor};
 use ops::Value;
-use ops::kernel::{Delta, Frozen, fuses, mix, mix_grad, mix_onto, sum};
+use ops::kernel::{Delta, Frozen, fuses, mix, mix_grad, mix_onto, mixes_bias, sum};
 
 /// How the forward pass and the input gradient are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,16 +155,20 @@ impl Op {
         f(Frozen::from(&merged))
     }
 
-    /// w1 and w2 in the type of the computation, without the scale.
+    /// w1 in f32 and w2 in the type of the computation, without the scale.
     fn factors(&self, compute: DType) -> Result<(Tensor, Tensor)> {
-        Ok((self.w1.to_dtype(compute)?, self.w2.to_dtype(compute)?.contiguous()?))
+        Ok((self.w1.to_dtype(DType::F32)?, self.w2.to_dtype(compute)?.contiguous()?))
     }
 
     /// `scale` times a factor in the type of the computation, rounded after the product. In every chain the scale enters with the last
     /// factor, and in gradients of factors after the last product, in f32: what stands between never is larger than without it, so
     /// that in f16 it overflows only where the result does.
     fn scaled(&self, factor: &Tensor, compute: DType) -> Result<Tensor> {
-        (factor.to_dtype(DType::F32)? * self.scale)?.to_dtype(compute)?.contiguous()
+        self.times(factor.to_dtype(DType::F32)?)?.to_dtype(compute)?.contiguous()
+    }
+
+    fn times(&self, t: Tensor) -> Result<Tensor> {
+        if self.scale == 1.0 { Ok(t) } else { t * self.scale }
     }
 
     fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -172,14 +176,16 @@ impl Op {
         if self.path == Path::Merged {
             return self.with_merged(x, |weight| layer.forward(x, weight, bias));
         }
-        let base = layer.forward(x, &self.weight, bias)?;
+        let later = bias.filter(|_| b <= a && mixes_bias(x));
+        let base = layer.forward(x, &self.weight, bias.filter(|_| later.is_none()))?;
         let n = layer.samples(x);
         let (w1, w2) = self.factors(x.dtype())?;
         if b <= a {
             let u = layer.forward(&layer.split(x, b)?, &w2, None)?;
-            mix_onto(&base, &self.scaled(&self.w1, x.dtype())?, &layer.grouped(&u, n, b)?)
+            let bias = later.map(|bias| (bias, base.elem_count() / (n * bias.elem_count()).max(1)));
+            mix_onto(&base, bias, &w1, self.scale, &layer.grouped(&u, n, b)?)
         } else {
-            let s = mix(&w1, &layer.grouped(x, n, b)?)?;
+            let s = mix(&w1, 1.0, &layer.grouped(x, n, b)?)?;
             let chain = layer.forward(&self.as_samples(&s, a, x)?, &self.scaled(&self.w2, x.dtype())?, None)?;
             sum(&base, &chain.reshape(base.shape())?)
         }
@@ -205,7 +211,7 @@ impl Op {
         let (mut dx, mut dw1, mut dw2) = (None, None, None);
         if b <= a {
             let xs = if need_w1 || need_w2 { Some(layer.split(x, b)?) } else { None };
-            let t = if need_w2 || chain_x { Some(self.as_samples(&mix(&w1.t()?, &dy_groups)?, b, &dy)?) } else { None };
+            let t = if need_w2 || chain_x { Some(self.as_samples(&mix(&w1.t()?, 1.0, &dy_groups)?, b, &dy)?) } else { None };
             if let (true, Some(xs)) = (need_w1, &xs) {
                 let u = layer.forward(xs, &w2, None)?;
                 dw1 = Some(mix_grad(&dy_groups, &layer.grouped(&u, n, b)?)?);
@@ -220,7 +226,7 @@ impl Op {
             let dys = layer.split(&dy, a)?;
             let x_groups = layer.grouped(x, n, b)?;
             if need_w2 {
-                let s = self.as_samples(&mix(&w1, &x_groups)?, a, x)?;
+                let s = self.as_samples(&mix(&w1, 1.0, &x_groups)?, a, x)?;
                 dw2 = Some(layer.weight_grad(&s, &dys, w2.dims())?);
             }
             if need_w1 || chain_x {
@@ -229,7 +235,7 @@ impl Op {
                     dw1 = Some(mix_grad(&v, &x_groups)?);
                 }
                 if chain_x {
-                    dx = Some(mix(&self.scaled(&self.w1, x.dtype())?.t()?, &v)?);
+                    dx = Some(mix(&w1.t()?, self.scale, &v)?);
                 }
             }
         }
@@ -244,8 +250,8 @@ impl Op {
                 None => base,
             });
         }
-        let dw1 = dw1.map(|g| g * self.scale).transpose()?;
-        let dw2 = dw2.map(|g| g.to_dtype(DType::F32)? * self.scale).transpose()?;
+        let dw1 = dw1.map(|g| self.times(g)).transpose()?;
+        let dw2 = dw2.map(|g| self.times(g.to_dtype(DType::F32)?)).transpose()?;
         Ok(vec![dx, dw1, dw2])
     }
 }

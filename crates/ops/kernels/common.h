@@ -14,6 +14,11 @@ __device__ inline float wide(float v) { return v; }
 __device__ inline float wide(f16 v) { return float(v); }
 __device__ inline float wide(bf16 v) { return float(v); }
 
+// Neighbours that are read and written as one: 16 bytes.
+template <class T, int N = 16 / sizeof(T)> struct alignas(sizeof(T) * N) Vector {
+    T v[N];
+};
+
 // Two values in one word, the first in the low half.
 template <class T> __device__ inline unsigned pack(T low, T high) {
     T both[2] = {low, high};

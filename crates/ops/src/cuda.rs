@@ -6,13 +6,15 @@ pub(crate) mod mix;
 pub(crate) mod norm;
 pub(crate) mod pointwise;
 
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, DeviceId};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Error, Result, Shape, Storage, Tensor};
 use cudarc::driver::result;
 use cudarc::driver::sys::{CUdevice_attribute, CUmemPool_attribute};
 use cudarc::driver::{CudaFunction, CudaStream, DevicePtr, LaunchArgs, LaunchConfig};
-use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
-use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, DType, Device, Error, Result, Shape, Storage, Tensor};
 use half::{bf16, f16};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A source file of kernels: its name, and its PTX by compute capability, newest first.
@@ -34,6 +36,9 @@ macro_rules! file {
 pub(crate) const ATTENTION: File = file!("attention");
 pub(crate) const NORM: File = file!("norm");
 pub(crate) const POINTWISE: File = file!("pointwise");
+
+/// Threads of a block, where nothing speaks for another number.
+pub(crate) const THREADS: usize = 256;
 
 /// GPU number `ordinal`. All work goes to one stream of its own, so that what one thread submits is done before what another
 /// submits after it; candle's default is a stream for each thread.
@@ -112,33 +117,53 @@ impl Kernel {
     }
 }
 
+thread_local! {
+    /// Kernels that were used, by device and name: the driver takes longer to find one than to launch it.
+    static KERNELS: RefCell<HashMap<(DeviceId, String), CudaFunction>> = RefCell::default();
+}
+
 /// The kernel `name` for data of `dtype`.
 pub(crate) fn kernel(device: &CudaDevice, file: &File, name: &str, dtype: DType) -> Result<Kernel> {
     let stream = device.cuda_stream();
+    let key = (device.id(), format!("{name}_{}", suffix(dtype)?));
+    if let Some(function) = KERNELS.with_borrow(|kernels| kernels.get(&key).cloned()) {
+        return Ok(Kernel { function, stream });
+    }
     let of = |attribute| stream.context().attribute(attribute).map_err(Error::wrap);
     let capability = 10 * of(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
         + of(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
     // An older device than any here gets the oldest PTX, and refuses it with the driver's own words.
     let (_, ptx) = file.1.iter().find(|(made_for, _)| *made_for <= capability).unwrap_or(&file.1[2]);
-    let function = device.get_or_load_custom_func(&format!("{name}_{}", suffix(dtype)?), file.0, ptx)?.into_cuda_function();
+    let function = device.get_or_load_custom_func(&key.1, file.0, ptx)?.into_cuda_function();
+    KERNELS.with_borrow_mut(|kernels| kernels.insert(key, function.clone()));
     Ok(Kernel { function, stream })
 }
 
-/// Where the elements of a contiguous tensor lie in the device's memory. The memory stays until work submitted before the tensor is
-/// dropped is done: it is freed on the same stream.
-pub(crate) fn address(t: &Tensor) -> Result<u64> {
-    let (storage, layout) = t.storage_and_layout();
-    let (Storage::Cuda(data), Some((start, _))) = (&*storage, layout.contiguous_offsets()) else {
-        candle_core::bail!("not contiguous on a GPU: {:?} on {:?}", t.shape(), t.device().location());
-    };
+/// Where a tensor's storage lies in the device's memory. The memory stays until work submitted before the tensor is dropped is done: it
+/// is freed on the same stream.
+pub(crate) fn base(t: &Tensor) -> Result<u64> {
+    let (storage, _) = t.storage_and_layout();
+    let Storage::Cuda(data) = &*storage else { candle_core::bail!("not on a GPU: {:?}", t.device().location()) };
     let stream = data.device.cuda_stream();
-    let base = match &data.slice {
+    Ok(match &data.slice {
         CudaStorageSlice::F32(s) => s.device_ptr(&stream).0,
         CudaStorageSlice::F16(s) => s.device_ptr(&stream).0,
         CudaStorageSlice::BF16(s) => s.device_ptr(&stream).0,
         _ => candle_core::bail!("no kernel takes {:?}", t.dtype()),
-    };
-    Ok(base + (start * t.dtype().size_in_bytes()) as u64)
+    })
+}
+
+/// Where the elements of a contiguous tensor lie.
+pub(crate) fn address(t: &Tensor) -> Result<u64> {
+    let Some((start, _)) = t.layout().contiguous_offsets() else { candle_core::bail!("not contiguous: {:?}", t.layout()) };
+    Ok(base(t)? + (start * t.dtype().size_in_bytes()) as u64)
+}
+
+/// Which form of a kernel serves these sizes and addresses, by the end of its name, and how many neighbours it takes as one.
+pub(crate) fn neighbours(dtype: DType, sizes: &[usize], addresses: &[u64]) -> (usize, usize) {
+    let together = 16 / dtype.size_in_bytes();
+    let fits = sizes.iter().all(|s| s.is_multiple_of(together)) && addresses.iter().all(|a| a.is_multiple_of(16));
+    if fits { (16, together) } else { (1, 1) }
 }
 
 /// A tensor whose elements a kernel is about to write, all of them.

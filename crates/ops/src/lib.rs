@@ -55,7 +55,7 @@ pub mod kernel {
     pub use crate::basic::{product, sum};
     pub use crate::conv::{conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
     pub use crate::linear::{linear_forward, linear_input_grad};
-    pub use crate::mix::{mix, mix_grad, mix_onto};
+    pub use crate::mix::{mix, mix_grad, mix_onto, mixes_bias};
     pub use crate::view::fast as fuses;
     pub use crate::weight::{Delta, Frozen};
 }

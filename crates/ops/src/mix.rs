@@ -11,23 +11,25 @@ use std::mem::MaybeUninit;
 /// Items that one partial sum of [`mix_grad`] takes; fixed, so that the result does not depend on the number of threads.
 const ITEMS: usize = 64;
 
-/// `y_i = sum_j w (p, q)[i, j] x_j` over the groups of `x (n, q, rest)`: `(n, p, rest)`.
+/// `y_i = scale sum_j w (p, q)[i, j] x_j` over the groups of `x (n, q, rest)`: `(n, p, rest)`. `w` is f32.
 ///
 /// # Errors
 /// If shapes or types do not fit.
-pub fn mix(w: &Tensor, x: &Tensor) -> Result<Tensor> {
+pub fn mix(w: &Tensor, scale: f64, x: &Tensor) -> Result<Tensor> {
     let ((p, q), (n, groups, rest)) = (w.dims2()?, x.dims3()?);
     if groups != q {
         candle_core::bail!("mix: w {:?}, x {:?}", w.dims(), x.dims());
     }
-    let (w, x) = (w.contiguous()?, x.contiguous()?);
+    let x = x.contiguous()?;
     #[cfg(feature = "cuda")]
     if let Some(device) = crate::cuda::device(&x)
-        && let Some(y) = crate::cuda::mix::mix(&device, &w, &x, None)?
+        && let Some(y) = crate::cuda::mix::mix(&device, (w, scale), &x, None, None)?
     {
         return Ok(y);
     }
-    if !fast(&x) || !fast(&w) {
+    let w = if scale == 1.0 { w.clone() } else { (w * scale)? };
+    let w = w.to_dtype(x.dtype())?.contiguous()?;
+    if !fast(&x) {
         return w.reshape((1, p, q))?.broadcast_as((n, p, q))?.contiguous()?.matmul(&x);
     }
     let (wv, xv) = (F32::new(&w)?, F32::new(&x)?);
@@ -65,22 +67,37 @@ pub fn mix(w: &Tensor, x: &Tensor) -> Result<Tensor> {
     tensor(unsafe { build(n * p * rest, write) }, (n, p, rest))
 }
 
-/// `base + y` for the `y` of [`mix`], in the shape of `base`.
+/// Whether [`mix_onto`] adds a bias in the same pass, so that it is not to be added before.
+pub fn mixes_bias(x: &Tensor) -> bool {
+    cfg!(feature = "cuda") && x.device().is_cuda()
+}
+
+/// `base + y` for the `y` of [`mix`], in the shape of `base`; and plus a bias over y's last two dimensions, with a value for each run of
+/// so many elements.
 ///
 /// # Errors
 /// If shapes or types do not fit.
-pub fn mix_onto(base: &Tensor, w: &Tensor, x: &Tensor) -> Result<Tensor> {
+pub fn mix_onto(base: &Tensor, bias: Option<(&Tensor, usize)>, w: &Tensor, scale: f64, x: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let Some(device) = crate::cuda::device(x).filter(|_| base.dtype() == x.dtype()) {
         let (p, (n, q, rest)) = (w.dim(0)?, x.dims3()?);
-        if w.dim(1)? == q && base.elem_count() == n * p * rest {
-            let (w, x, base) = (w.contiguous()?, x.contiguous()?, base.contiguous()?);
-            if let Some(y) = crate::cuda::mix::mix(&device, &w, &x, Some(&base))? {
+        if w.dim(1)? == q && base.elem_count() == n * p * rest && bias.is_none_or(|(b, run)| b.elem_count() * run == p * rest) {
+            let (x, whole) = (x.contiguous()?, base.contiguous()?);
+            let bias = bias.map(|(b, run)| Ok::<_, candle_core::Error>((b.to_dtype(x.dtype())?.contiguous()?, run))).transpose()?;
+            let bias = bias.as_ref().map(|(b, run)| (b, *run));
+            if let Some(y) = crate::cuda::mix::mix(&device, (w, scale), &x, Some(&whole), bias)? {
                 return y.reshape(base.shape());
             }
         }
     }
-    sum(base, &mix(w, x)?.reshape(base.shape())?)
+    let y = sum(base, &mix(w, scale, x)?.reshape(base.shape())?)?;
+    match bias {
+        None => Ok(y),
+        Some((b, run)) => {
+            let grouped = y.reshape((x.dim(0)?, b.elem_count(), run))?;
+            grouped.broadcast_add(&b.to_dtype(y.dtype())?.reshape((1, b.elem_count(), 1))?)?.reshape(base.shape())
+        }
+    }
 }
 
 /// `sum over n of y (n, p, rest) x (n, q, rest)^T`, added up in f32: `(p, q)`.
@@ -165,7 +182,11 @@ mod tests {
                 assert!(worst < 2e-6 * scale, "{worst} for {:?}", (n, p, q, rest));
                 Ok(())
             };
-            close(mix(&w, &x)?, mix(&wide(&w)?, &wide(&x)?)?, q as f64 * 3.0)?;
+            close(mix(&w, 1.0, &x)?, mix(&w, 1.0, &wide(&x)?)?, q as f64 * 3.0)?;
+            close(mix(&w, 0.5, &x)?, (mix(&w, 1.0, &x)? * 0.5)?, q as f64 * 3.0)?;
+            let bias = Tensor::randn(0f32, 1.0, p * rest, &Device::Cpu)?;
+            let plain = (y.broadcast_add(&bias.reshape((1, p, rest))?)? + mix(&w, 1.0, &x)?)?;
+            close(mix_onto(&y, Some((&bias, 1)), &w, 1.0, &x)?, plain, q as f64 * 3.0)?;
             close(mix_grad(&y, &x)?, mix_grad(&wide(&y)?, &wide(&x)?)?, (n * rest) as f64)?;
         }
         Ok(())

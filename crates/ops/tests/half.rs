@@ -129,7 +129,7 @@ fn kernels_of_the_adapter() {
             }
         };
         let (w, x, y) = (half(&[3, 4], 1), half(&[7, 4, 50], 2), half(&[7, 3, 50], 3));
-        close("mix", ops::kernel::mix(&w, &x).unwrap(), ops::kernel::mix(&full(&w), &full(&x)).unwrap(), 1.0);
+        close("mix", ops::kernel::mix(&w, 1.0, &x).unwrap(), ops::kernel::mix(&full(&w), 1.0, &full(&x)).unwrap(), 1.0);
         let sum = ops::kernel::mix_grad(&y, &x).unwrap();
         assert_eq!(sum.dtype(), DType::F32, "summed in f32");
         close("mix_grad", sum, ops::kernel::mix_grad(&full(&y), &full(&x)).unwrap(), 2.0);

@@ -19,8 +19,8 @@ struct LionRule {
 // Elements that share one absmax.
 #define LION_BLOCK 256
 // Elements of a piece in clip.rs, and the lanes in which its squares are summed.
-#define PIECE (64 * LION_BLOCK)
-#define LANES 8
+#define PIECE (16 * LION_BLOCK)
+#define LANES 64
 
 // Scaled as candle's affine does it: the added zero makes -0 a 0.
 BOTH float lion_gradient(const LionRule &rule, float g) { return rule.factor == 1.0f ? g : g * rule.factor + 0.0f; }

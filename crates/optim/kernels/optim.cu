@@ -41,14 +41,15 @@ extern "C" __global__ void lion(unsigned long long n, LionRule rule, float *p, c
     m[i] = momentum;
 }
 
-// The sum of squares of each piece in f64, in the order of clip.rs: eight lanes that a thread each adds up, then the lanes in turn.
-// A product of two f32 is exact in f64. 32 pieces for a block of 256 threads.
+// The sum of squares of each piece in f64, in the order of clip.rs: lanes that a thread each adds up, then the lanes in turn.
+// A product of two f32 is exact in f64. 4 pieces for a block of 256 threads.
 extern "C" __global__ void sum_of_squares(unsigned long long n, const float *g, double *sums) {
     __shared__ double lanes[256];
     int t = threadIdx.x, lane = t % LANES;
     unsigned long long piece = (unsigned long long)blockIdx.x * (256 / LANES) + t / LANES, start = piece * PIECE;
     unsigned long long end = start + PIECE < n ? start + PIECE : n;
     double sum = 0.0;
+#pragma unroll 8
     for (unsigned long long i = start + lane; i < end; i += LANES) sum += (double)g[i] * (double)g[i];
     lanes[t] = sum;
     __syncthreads();

@@ -9,10 +9,10 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
+use crate::clip::PIECE;
 use crate::lion::LionRule;
 use crate::lion8bit::{BLOCK, Lion8bit, MIN_8BIT_SIZE};
 use crate::map::dynamic_map;
-use crate::parallel::PIECE;
 
 /// PTX by compute capability, newest first.
 const PTX: [(i32, &str); 3] = [
@@ -22,7 +22,7 @@ const PTX: [(i32, &str); 3] = [
 ];
 
 /// Pieces that one block of threads of `sum_of_squares` takes.
-const PIECES_PER_BLOCK: usize = 32;
+const PIECES_PER_BLOCK: usize = 4;
 
 /// The kernels' `LionRule`.
 #[repr(C)]

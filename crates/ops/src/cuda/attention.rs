@@ -1,7 +1,7 @@
 //! Launches of kernels/attention.cu.
 
-use cudarc::driver::{DeviceRepr, PushKernelArg};
 use candle_core::{CudaDevice, DType, Result, Tensor};
+use cudarc::driver::{DeviceRepr, PushKernelArg};
 
 use super::{ATTENTION, address, kernel, launch, output};
 use crate::attention::Sizes;

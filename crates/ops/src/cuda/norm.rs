@@ -1,7 +1,7 @@
 //! Launches of kernels/norm.cu.
 
-use cudarc::driver::PushKernelArg;
 use candle_core::{CudaDevice, DType, Result, Tensor};
+use cudarc::driver::PushKernelArg;
 
 use super::{NORM, address, counts, kernel, launch, output};
 use crate::tape::{Value, custom};

@@ -1,12 +1,10 @@
 //! Launches of the activations and GEGLU of kernels/pointwise.cu.
 
-use cudarc::driver::PushKernelArg;
 use candle_core::{CudaDevice, Result, Tensor};
+use cudarc::driver::PushKernelArg;
 
-use super::{POINTWISE, address, counts, kernel, launch, output};
+use super::{POINTWISE, THREADS, address, counts, kernel, launch, neighbours, output};
 use crate::activation::Kind;
-
-const THREADS: usize = 256;
 
 /// f(x) of a contiguous tensor.
 pub(crate) fn activate(device: &CudaDevice, kind: Kind, x: &Tensor) -> Result<Tensor> {
@@ -61,17 +59,36 @@ pub(crate) fn geglu_grad(device: &CudaDevice, x: &Tensor, dy: &Tensor, (rows, d)
     Ok(dx)
 }
 
+/// `a + b` of one shape and type; `None` if no kernel serves them.
+pub(crate) fn add(a: &Tensor, b: &Tensor) -> Result<Option<Tensor>> {
+    let count = a.elem_count();
+    let Some(device) = super::device(a).filter(|_| a.dtype() == b.dtype() && a.dims() == b.dims() && count > 0) else { return Ok(None) };
+    let Some(n) = counts(&[count]) else { return Ok(None) };
+    let (a, b) = (a.contiguous()?, b.contiguous()?);
+    let y = output(&device, a.dtype(), a.shape())?;
+    let (aa, ba, ya) = (address(&a)?, address(&b)?, address(&y)?);
+    let (bytes, together) = neighbours(a.dtype(), &[count], &[aa, ba]);
+    let f = kernel(&device, &POINTWISE, &format!("add_{bytes}"), a.dtype())?;
+    let mut arguments = f.builder();
+    arguments.arg(&n[0]).arg(&aa).arg(&ba).arg(&ya);
+    // SAFETY: elements below n of three tensors.
+    unsafe { launch(arguments, ((count / together).div_ceil(THREADS), 1, 1), THREADS)? };
+    Ok(Some(y))
+}
+
 /// `x + b`, where b has a value for each run of `run` elements and begins anew behind its last; `None` if no kernel serves them.
 pub(crate) fn add_over(x: &Tensor, b: &Tensor, run: usize) -> Result<Option<Tensor>> {
-    let Some(device) = super::device(x).filter(|_| x.dtype() == b.dtype()) else { return Ok(None) };
-    let Some(sizes) = counts(&[run, b.elem_count(), x.elem_count().div_ceil(THREADS)]) else { return Ok(None) };
+    let count = x.elem_count();
+    let Some(device) = super::device(x).filter(|_| x.dtype() == b.dtype() && count > 0) else { return Ok(None) };
+    let Some(sizes) = counts(&[count, run, b.elem_count()]) else { return Ok(None) };
     let (x, b) = (x.contiguous()?, b.contiguous()?);
     let y = output(&device, x.dtype(), x.shape())?;
-    let (n, run, count, xa, ba, ya) = (x.elem_count() as i64, sizes[0], sizes[1], address(&x)?, address(&b)?, address(&y)?);
-    let f = kernel(&device, &POINTWISE, "add_over", x.dtype())?;
+    let (xa, ba, ya) = (address(&x)?, address(&b)?, address(&y)?);
+    let (bytes, together) = neighbours(x.dtype(), &[count, if run == 1 { b.elem_count() } else { run }], &[xa]);
+    let f = kernel(&device, &POINTWISE, &format!("add_over_{bytes}"), x.dtype())?;
     let mut arguments = f.builder();
-    arguments.arg(&n).arg(&run).arg(&count).arg(&xa).arg(&ba).arg(&ya);
+    arguments.arg(&sizes[0]).arg(&sizes[1]).arg(&sizes[2]).arg(&xa).arg(&ba).arg(&ya);
     // SAFETY: elements below n of x and y; places in b below its count.
-    unsafe { launch(arguments, (x.elem_count().div_ceil(THREADS), 1, 1), THREADS)? };
+    unsafe { launch(arguments, ((count / together).div_ceil(THREADS), 1, 1), THREADS)? };
     Ok(Some(y))
 }

@@ -95,6 +95,16 @@ const CASES: &[Case] = &[
         forward: |v| lokr_linear(v, lokr::functional::Path::Factored),
     },
     Case {
+        name: "lokr linear, bias",
+        inputs: &[&[2, 77, 128], &[128, 128], &[4, 4], &[32, 32], &[128]],
+        forward: |v| lokr::functional::lokr_linear(&v[0], v[1].tensor(), Some(v[4].tensor()), &v[2], &v[3], 0.7, None),
+    },
+    Case {
+        name: "lokr conv2d, bias",
+        inputs: &[&[2, 16, 8, 8], &[32, 16, 3, 3], &[4, 4], &[8, 4, 3, 3], &[32]],
+        forward: |v| lokr::functional::lokr_conv2d(&v[0], v[1].tensor(), Some(v[4].tensor()), &v[2], &v[3], 0.7, (1, 1), None),
+    },
+    Case {
         name: "lokr conv2d",
         inputs: &[&[2, 16, 9, 7], &[24, 16, 3, 3], &[4, 4], &[6, 4, 3, 3]],
         forward: |v| lokr_conv2d(v, lokr::functional::Path::Factored),
