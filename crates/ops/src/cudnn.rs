@@ -1,7 +1,7 @@
 //! cuDNN's convolution and its two gradients, for f32, f16 and bf16 on the GPU. candle's own call of cuDNN sums f16 products in f16,
 //! lets f32 products round to TF32, zeroes its workspace each time, and has no backward pass.
 //!
-//! Here products are summed in f32 for every type, and those of f32 are not rounded to TF32. The algorithms are fixed ones whose results
+//! Here products are summed in f32 for every type, and those of f32 are rounded to TF32 only where [`with_tf32`] says so. The algorithms are fixed ones whose results
 //! repeat bit for bit on GPUs of one architecture. cuDNN names those that do not, `BWD_DATA_ALGO_0`, `BWD_FILTER_ALGO_0` and
 //! `BWD_FILTER_ALGO_3`, under "Reproducibility" in <https://docs.nvidia.com/deeplearning/cudnn/latest/developer/misc.html>.
 //!
@@ -18,7 +18,7 @@ use cudarc::cudnn::sys::{
 use cudarc::cudnn::{ConvBackwardData, ConvBackwardFilter, ConvForward, Cudnn, CudnnDataType, CudnnError};
 use cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
 use half::{bf16, f16};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -32,27 +32,41 @@ const FILTER: [FilterAlgorithm; 1] = [FilterAlgorithm::CUDNN_CONVOLUTION_BWD_FIL
 const ALIGNMENT: usize = 16;
 
 thread_local! {
+    static TF32: Cell<bool> = const { Cell::new(false) };
     /// A handle serves one thread at a time, so each thread has its own for each device.
     static HANDLES: RefCell<HashMap<DeviceId, Arc<Cudnn>>> = RefCell::default();
 }
 
-/// An element type that is served, and which products of it are allowed.
+/// Lets this thread's convolutions of f32 round what they multiply to TF32 (10 bits behind the point, as f16 has) while `f` runs, which
+/// takes a fraction of the time; PyTorch does so by default. Sums stay f32.
+pub fn with_tf32<R>(f: impl FnOnce() -> R) -> R {
+    struct Before(bool);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            TF32.set(self.0);
+        }
+    }
+    let _before = Before(TF32.replace(true));
+    f()
+}
+
+/// An element type that is served.
 trait Element: CudaDType + WithDType + DeviceRepr + CudnnDataType {
-    const MATH: Math;
+    /// Which products of it are allowed.
+    fn math() -> Math {
+        Math::CUDNN_TENSOR_OP_MATH
+    }
 }
 
 impl Element for f32 {
-    // The default would allow TF32.
-    const MATH: Math = Math::CUDNN_FMA_MATH;
+    fn math() -> Math {
+        // The default math allows TF32.
+        if TF32.get() { Math::CUDNN_DEFAULT_MATH } else { Math::CUDNN_FMA_MATH }
+    }
 }
 
-impl Element for f16 {
-    const MATH: Math = Math::CUDNN_TENSOR_OP_MATH;
-}
-
-impl Element for bf16 {
-    const MATH: Math = Math::CUDNN_TENSOR_OP_MATH;
-}
+impl Element for f16 {}
+impl Element for bf16 {}
 
 /// What is computed, from which two tensors.
 #[derive(Clone, Copy, Debug)]
@@ -167,7 +181,7 @@ fn convolve<T: Element>(pass: Pass, a: &Tensor, b: &Tensor, shapes: Shapes) -> R
     let nchw = Format::CUDNN_TENSOR_NCHW;
     let both = |size: usize| [size as i32; 2];
     let mut conv = cudnn.create_conv2d::<f32>(both(padding), both(stride), both(1), Mode::CUDNN_CROSS_CORRELATION)?;
-    conv.set_math_type(T::MATH)?;
+    conv.set_math_type(T::math())?;
     let (conv, w) = (&conv, &cudnn.create_4d_filter::<T>(nchw, int(shapes.weight))?);
     let (x, y) = (&cudnn.create_4d_tensor::<T>(nchw, int(shapes.x))?, &cudnn.create_4d_tensor::<T>(nchw, int(shapes.y))?);
     let factors = (T::from_f64(1.0), T::from_f64(0.0));

@@ -42,6 +42,8 @@ pub use checkpoint::checkpoint;
 pub use conv::conv2d;
 #[cfg(feature = "cuda")]
 pub use cuda::{gpu, gpu_memory_peak};
+#[cfg(feature = "cudnn")]
+pub use cudnn::with_tf32;
 pub use e4m3::{E4M3_MAX, e4m3_codes, e4m3_decode, e4m3_encode};
 pub use gemm::with_bf16;
 pub use linear::{linear, widen};
@@ -49,6 +51,12 @@ pub use norm::{group_norm, layer_norm};
 pub use tape::{OnGradient, Parameter, Value, backward, backward_with, custom, no_grad, recording};
 pub use tile::has_bf16;
 pub use view::F32;
+
+/// Runs `f`: without cuDNN no convolution is rounded to TF32.
+#[cfg(not(feature = "cudnn"))]
+pub fn with_tf32<R>(f: impl FnOnce() -> R) -> R {
+    f()
+}
 
 /// Plain functions on tensors, for ops that are written by hand elsewhere (the adapter's).
 pub mod kernel {

@@ -1,5 +1,6 @@
 //! The SDXL VAE: pixels to the moments of the latent posterior, and latents to pixels (LDM names; CompVis
-//! latent-diffusion `ldm/modules/diffusionmodules/model.py`). Always frozen, so it works on plain tensors.
+//! latent-diffusion `ldm/modules/diffusionmodules/model.py`). Always frozen, so it works on plain tensors, and in f32; on a GPU its
+//! convolutions round what they multiply to TF32, as they do in PyTorch by default.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -248,6 +249,10 @@ impl AutoencoderKL {
     /// # Errors
     /// If shapes do not fit.
     pub fn encode(&self, pixels: &Tensor) -> Result<(Tensor, Tensor)> {
+        ops::with_tf32(|| self.encoded(pixels))
+    }
+
+    fn encoded(&self, pixels: &Tensor) -> Result<(Tensor, Tensor)> {
         let networks = self.networks()?;
         let e = &networks.encoder;
         let mut h = e.conv_in.forward(&Value::constant(pixels.clone()))?;
@@ -272,6 +277,10 @@ impl AutoencoderKL {
     /// # Errors
     /// If shapes do not fit.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        ops::with_tf32(|| self.decoded(latents))
+    }
+
+    fn decoded(&self, latents: &Tensor) -> Result<Tensor> {
         let networks = self.networks()?;
         let d = &networks.decoder;
         let h = d.conv_in.forward(&networks.post_quant_conv.forward(&Value::constant(latents.clone()))?)?;

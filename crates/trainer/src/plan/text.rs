@@ -121,7 +121,7 @@ impl Report<'_> {
         write!(f, "  {:<18} {:>8.3} GiB", "total", m.total() as f64 / GIB)?;
         match device.memory {
             Some(has) if m.total() > has => writeln!(f, ", more than the {} GiB of {}", has >> 30, device.name),
-            Some(has) => writeln!(f, " of {} GiB, without what the driver takes; not yet measured on a GPU", has >> 30),
+            Some(has) => writeln!(f, " of {} GiB, without what the driver takes", has >> 30),
             None => writeln!(f),
         }
     }
