@@ -8,8 +8,8 @@ use super::{POINTWISE, THREADS, address, counts, kernel, launch, neighbours, out
 /// Groups that `mix` takes at most.
 const SIDE: usize = 16;
 /// Places that a thread of `mix_grad` sums at least, and blocks at most: enough to fill a GPU, few enough to add up their shares.
-const PLACES: usize = 8;
-const BLOCKS: usize = 1024;
+const PLACES: usize = 3;
+const BLOCKS: usize = 2048;
 
 /// The kernels' `Factor`.
 #[repr(C)]
