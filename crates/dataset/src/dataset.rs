@@ -112,6 +112,7 @@ impl Dataset {
             let mut source = Indexed::open(path, subset, number, &mut report)?;
             report.images_found += source.rows.len();
             leave_out_misfits(config, &rule, &mut source, &mut report)?;
+            report.captions_from_indexes += source.rows.len();
             rows.push(Segment::Indexed { source: Box::new(source), subset: number, repeats: subset.num_repeats });
         }
         if !listed.is_empty() {

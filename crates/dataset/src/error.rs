@@ -156,10 +156,12 @@ pub enum Error {
         id: u32,
     },
     /// An image that the dataset's selections did not take.
-    #[error("image {id} is not among the selected ones")]
+    #[error("image {id} is not among those that the recipe takes: {why}")]
     NotSelected {
         /// The id asked for.
         id: u32,
+        /// Why not, as far as the index tells.
+        why: &'static str,
     },
     /// The caller's progress function asked to stop; what was done until then is kept.
     #[error("stopped on request")]
@@ -209,13 +211,12 @@ impl Error {
                 Some("loosen the selection; `lokr dataset index` tells how many images have a rating, a score and a file".into())
             }
             Error::NoSuchImage { .. } => Some("ids are those of the posts, or the numbers that the index gave".into()),
-            Error::NotSelected { .. } => Some("the subset's selection, or a broken file, left it out".into()),
             Error::Stopped => Some("run it again: it goes on where it was".into()),
             Error::TooManyBroken { .. } => {
                 Some("look at them with `lokr dataset check`; raise dataset.max_broken_share if so many are expected".into())
             }
             Error::Folder { .. } | Error::AllBroken { .. } | Error::BucketBroken { .. } => None,
-            Error::NoSuchSample { .. } | Error::Latent { .. } => None,
+            Error::NoSuchSample { .. } | Error::NotSelected { .. } | Error::Latent { .. } => None,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What a step of a run sees: which images, with which captions, and why these captions are as they are. For people who
 //! want to look before they train; a run itself uses the same functions with the same keys.
 
+use crate::index::State;
 use crate::rows::At;
 use crate::source::Indexed;
 use crate::tags::Part;
@@ -141,6 +142,19 @@ fn explain_tags(explanation: &mut Explanation, source: &Indexed, id: u32, contex
     Ok(())
 }
 
+/// What the indexes know of an image that was not taken.
+fn why_not(dataset: &Dataset, id: u32) -> &'static str {
+    let row = dataset.rows.indexes().find_map(|source| source.index.row(id).ok());
+    match row.map(|row| (row.state, row.deleted)) {
+        None => "no index of the recipe has it",
+        Some((State::Absent, _)) => "its post has no file",
+        Some((State::Gone, _)) => "its file is not there any more",
+        Some((State::Broken, _)) => "its file cannot be read",
+        Some((State::Present, true)) => "its post was deleted, and the selection takes no such posts, or it fits no bucket",
+        Some((State::Present, false)) => "the selection did not take it, or it fits no bucket",
+    }
+}
+
 /// The sample that has `id` in its index; without an index, `id` is the sample's number.
 ///
 /// # Errors
@@ -149,6 +163,6 @@ pub fn sample_of_id(dataset: &Dataset, id: u32) -> Result<u32> {
     match dataset.find_id(id) {
         Some(sample) => Ok(sample),
         None if dataset.config().subsets.iter().all(|s| s.index.is_none()) => dataset.row(id).map(|_| id),
-        None => Err(Error::NotSelected { id }),
+        None => Err(Error::NotSelected { id, why: why_not(dataset, id) }),
     }
 }

@@ -62,6 +62,8 @@ pub struct Report {
     pub broken_captions: Named,
     /// Images whose caption stands in a file that is not empty.
     pub captions_from_files: usize,
+    /// Images of indexes, whose captions are made of their tags or stand in the index.
+    pub captions_from_indexes: usize,
     /// Images without caption file that take `class_tokens`.
     pub class_token_captions: usize,
     /// Images whose caption comes from a `.caption` file though `caption_extension` is `.txt`.
@@ -95,7 +97,11 @@ impl Display for Report {
         for selection in &self.selections {
             writeln!(f, "index {selection}")?;
         }
-        write!(f, "captions: {} from files", self.captions_from_files)?;
+        write!(f, "captions: ")?;
+        if self.captions_from_indexes > 0 {
+            write!(f, "{} from the index, ", self.captions_from_indexes)?;
+        }
+        write!(f, "{} from files", self.captions_from_files)?;
         if self.fallback_captions > 0 {
             write!(f, " ({} from .caption files)", self.fallback_captions)?;
         }

@@ -84,6 +84,14 @@ impl Rows {
         .ok_or_else(none)
     }
 
+    /// The indexes that samples are of.
+    pub fn indexes(&self) -> impl Iterator<Item = &Indexed> {
+        self.segments.iter().filter_map(|segment| match segment {
+            Segment::Listed(_) => None,
+            Segment::Indexed { source, .. } => Some(&**source),
+        })
+    }
+
     /// Number of the sample with this id of an index; the first, if several subsets have it.
     pub fn find_id(&self, id: u32) -> Option<u32> {
         self.segments.iter().zip(&self.starts).find_map(|(segment, start)| match segment {

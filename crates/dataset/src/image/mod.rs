@@ -141,13 +141,19 @@ pub fn prepare(image: RgbImage, placement: Placement, crop: (u32, u32), flipped:
     let levels: [f32; 256] = std::array::from_fn(|v| (v as f32 / 255.0 - 0.5) / 0.5);
     let mut data = vec![0.0; 3 * width * height];
     let stride = image.width() as usize * 3;
-    for y in 0..height {
+    // One channel after the other: each is written in order, and a row of pixels stays in the cache meanwhile.
+    let (red, others) = data.split_at_mut(width * height);
+    let (green, blue) = others.split_at_mut(width * height);
+    let rows = red.chunks_exact_mut(width).zip(green.chunks_exact_mut(width)).zip(blue.chunks_exact_mut(width));
+    for (y, ((red, green), blue)) in rows.enumerate() {
         let start = (y + crop.1 as usize) * stride + crop.0 as usize * 3;
         let row = &image.as_raw()[start..start + width * 3];
-        for (x, pixel) in row.chunks_exact(3).enumerate() {
-            let x = if flipped { width - 1 - x } else { x };
-            for (channel, &value) in pixel.iter().enumerate() {
-                data[(channel * height + y) * width + x] = levels[value as usize];
+        for (channel, to) in [red, green, blue].into_iter().enumerate() {
+            for (to, pixel) in to.iter_mut().zip(row.chunks_exact(3)) {
+                *to = levels[pixel[channel] as usize];
+            }
+            if flipped {
+                to.reverse();
             }
         }
     }

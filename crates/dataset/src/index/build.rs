@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::read::{Index, Summary};
 use super::writer::{Changes, Writer};
-use super::{Source, danbooru, finish, scan, schema, sd_scripts};
+use super::{Source, danbooru, finish, parquet, scan, schema, sd_scripts};
 use crate::{Error, Result};
 
 /// What to build, from what.
@@ -102,6 +102,15 @@ pub fn build(options: &BuildOptions, progress: &mut dyn FnMut(Progress) -> Contr
     for source in &options.sources {
         storage::stamp(source.path())?;
     }
+    // Nothing is left behind where there is nothing to do.
+    let nothing = || Error::Index {
+        path: index.clone(),
+        what: "there is nothing to build it from".into(),
+        way_out: "name a folder of images, tar shards, or a file of metadata",
+    };
+    if options.sources.is_empty() && !index.exists() {
+        return Err(nothing());
+    }
     let connection = schema::open_for_building(&index)?;
     let failed = || Error::sqlite("write the index", &index);
     let sources: Vec<Source> = if options.sources.is_empty() {
@@ -112,8 +121,7 @@ pub fn build(options: &BuildOptions, progress: &mut dyn FnMut(Progress) -> Contr
         options.sources.clone()
     };
     if sources.is_empty() {
-        let way_out = "name a folder of images, tar shards, or a file of metadata";
-        return Err(Error::Index { path: index.clone(), what: "there is nothing to build it from".into(), way_out });
+        return Err(nothing());
     }
     let names = ids_from_names(schema::meta(&connection, "ids").map_err(failed())?.as_deref(), options.ids, &sources, &index)?;
     let mut writer = Writer::new(connection, &index, names)?;
@@ -153,7 +161,7 @@ fn read_all(writer: &mut Writer, sources: &[Source], home: &Path, threads: usize
             Source::Folder { path, caption_extension } => scan::folder(writer, *id, path, caption_extension, report)?,
             Source::Tars { path } => scan::shards(writer, *id, path, &source.root(home), threads, report)?,
             Source::SdScripts { caption_separator, .. } => sd_scripts::read(writer, *id, source, caption_separator, home, report)?,
-            Source::Danbooru { .. } | Source::Posts { .. } => {}
+            Source::Danbooru { .. } | Source::Posts { .. } | Source::Parquet { .. } => {}
         }
     }
     writer.commit()?;
@@ -162,6 +170,7 @@ fn read_all(writer: &mut Writer, sources: &[Source], home: &Path, threads: usize
         match source {
             Source::Danbooru { file } => danbooru::read_database(writer, *id, file, &files, threads, report)?,
             Source::Posts { file } => danbooru::read_lines(writer, *id, file, report)?,
+            Source::Parquet { file } => parquet::read(writer, *id, file, report)?,
             _ => {}
         }
     }

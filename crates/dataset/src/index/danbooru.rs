@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 use rusqlite::{OptionalExtension, params};
-use storage::{RangeReader, Stamp};
+use storage::RangeReader;
 
-use super::build::{Phase, Reporter};
+use super::build::Reporter;
 use super::finish::FileMap;
+use super::position::Position;
 use super::posts::{self, Post};
 use super::relations::{Database, PostRow, Run, Runs};
 use super::tags::Interner;
@@ -24,47 +25,6 @@ use crate::{Error, Prefetcher, Result};
 const STRIDE: usize = 4096;
 /// Bytes of JSON lines that are read together.
 const BLOCK: usize = 8 << 20;
-
-/// Where an import stands: of which file, and how far.
-struct Position {
-    key: String,
-    stamp: Stamp,
-    at: [i64; 2],
-    done: bool,
-}
-
-impl Position {
-    /// The start, or where an import of the same file was left.
-    fn load(writer: &mut Writer, source: i64, file: &Path, start: [i64; 2]) -> Result<Self> {
-        let (key, stamp) = (format!("position of source {source}"), storage::stamp(file)?);
-        let fresh = Self { key: key.clone(), stamp, at: start, done: false };
-        let Some(text) = writer.meta(&key)? else { return Ok(fresh) };
-        let numbers: Vec<i64> = text.split(' ').filter_map(|n| n.parse().ok()).collect();
-        Ok(match numbers[..] {
-            [len, modified, a, b, done] if (len, modified) == (stamp.len as i64, stamp.modified) => {
-                Self { at: [a, b], done: done == 1, ..fresh }
-            }
-            _ => fresh,
-        })
-    }
-
-    /// Saves it together with what was written until now.
-    fn commit(&self, writer: &mut Writer) -> Result<()> {
-        let Stamp { len, modified } = self.stamp;
-        let text = format!("{len} {modified} {} {} {}", self.at[0], self.at[1], i64::from(self.done));
-        writer.set_meta(&self.key, &text)?;
-        writer.commit()
-    }
-
-    /// At a safe point: saves when it is time, and before a stop.
-    fn pass(&self, writer: &mut Writer, report: &mut Reporter, done: u64, total: u64) -> Result<()> {
-        let told = report.tell(Phase::Posts, done, total);
-        if told.is_err() || writer.is_due() {
-            self.commit(writer)?;
-        }
-        told
-    }
-}
 
 /// Reads posts and tags out of a HakuBooru database.
 pub(super) fn read_database(

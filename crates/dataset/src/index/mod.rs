@@ -10,6 +10,8 @@ mod files;
 mod finish;
 mod head;
 mod kinds;
+mod parquet;
+mod position;
 mod posts;
 mod read;
 mod relations;

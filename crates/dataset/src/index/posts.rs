@@ -1,4 +1,4 @@
-//! Posts as JSON objects: danbooru's API (and dumps of it), and the sidecar files of webdataset shards. What is not there
+//! Posts as JSON objects: danbooru's API (and dumps of it), rows of parquet files, and the sidecar files of webdataset shards. What is not there
 //! stays unknown; numbers may be written as text, as old dumps do.
 
 use serde_json::{Map, Value};
@@ -36,7 +36,8 @@ pub(super) fn parse(text: &[u8]) -> Result<Post, String> {
     }
 }
 
-fn from_object(object: &Map<String, Value>) -> Post {
+/// Reads what an object's keys tell.
+pub(super) fn from_object(object: &Map<String, Value>) -> Post {
     let first = |keys: &[&str]| keys.iter().find_map(|key| object.get(*key)).filter(|v| !v.is_null());
     let number = |keys: &[&str]| first(keys).and_then(whole_number);
     let text = |keys: &[&str]| first(keys).and_then(Value::as_str);
@@ -63,13 +64,13 @@ fn whole_number(value: &Value) -> Option<i64> {
 }
 
 fn is_true(value: &Value) -> bool {
-    value.as_bool().unwrap_or_else(|| matches!(value.as_str(), Some("true" | "t" | "1")) || value.as_i64() == Some(1))
+    value.as_bool().unwrap_or_else(|| matches!(value.as_str(), Some("true" | "t")) || whole_number(value) == Some(1))
 }
 
 fn rating(value: &Value) -> Option<Rating> {
     match value.as_str() {
         Some(text) => Rating::from_text(text),
-        None => Rating::from_number(value.as_i64()?),
+        None => Rating::from_number(whole_number(value)?),
     }
 }
 

@@ -139,6 +139,10 @@ impl Index {
     /// [`Error::Storage`] if there is no such file, [`Error::Index`] if it is something else, of another version, or not
     /// yet complete, [`Error::Sqlite`] if it cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
+        if !path.exists() {
+            let way_out = "build it with `lokr dataset index`, or correct its path";
+            return Err(Error::Index { path: path.into(), what: "there is no such file".into(), way_out });
+        }
         let connection = schema::open_for_reading(path)?;
         let state = schema::meta(&connection, "state").map_err(Error::sqlite("read the index", path))?;
         if state.as_deref() != Some("complete") {

@@ -43,10 +43,12 @@ pub enum Source {
         /// The file.
         file: PathBuf,
     },
+    /// The same in parquet, one row per post; columns have the names of the API's keys.
+    Parquet {
+        /// The file.
+        file: PathBuf,
+    },
 }
-
-const PARQUET: &str =
-    "parquet cannot be read; turn it into JSON lines, as with duckdb: COPY (SELECT * FROM 'posts.parquet') TO 'posts.jsonl' (FORMAT json)";
 
 impl Source {
     /// A folder with `.txt` captions.
@@ -72,12 +74,15 @@ impl Source {
             return Ok(Source::Danbooru { file: path.into() });
         }
         if start.starts_with(b"PAR1") {
-            return refuse("it is a parquet file", PARQUET);
+            return Ok(Source::Parquet { file: path.into() });
         }
         let text = String::from_utf8_lossy(&start);
         let first = text.trim_start_matches('\u{feff}').trim_start();
         if !first.starts_with('{') {
-            return refuse("it is neither a folder nor tar, SQLite or JSON", "name a folder of images or shards, or a file of metadata");
+            return refuse(
+                "it is neither a folder nor tar, SQLite, parquet or JSON",
+                "name a folder of images or shards, or a file of metadata",
+            );
         }
         let line: Option<serde_json::Value> = first.lines().next().and_then(|line| serde_json::from_str(line).ok());
         let posts = line.is_some_and(|line| line.get("id").is_some() && line.get("image_path").is_none());
@@ -89,14 +94,14 @@ impl Source {
 
     /// Whether it tells of posts, whose ids then name the images.
     pub(super) fn has_post_ids(&self) -> bool {
-        matches!(self, Source::Danbooru { .. } | Source::Posts { .. })
+        matches!(self, Source::Danbooru { .. } | Source::Posts { .. } | Source::Parquet { .. })
     }
 
     /// The file or folder.
     pub fn path(&self) -> &Path {
         match self {
             Source::Folder { path, .. } | Source::Tars { path } => path,
-            Source::SdScripts { file, .. } | Source::Danbooru { file } | Source::Posts { file } => file,
+            Source::SdScripts { file, .. } | Source::Danbooru { file } | Source::Posts { file } | Source::Parquet { file } => file,
         }
     }
 
@@ -104,7 +109,7 @@ impl Source {
         let (first, second) = match self {
             Source::Folder { path, .. } | Source::Tars { path } => (path, None),
             Source::SdScripts { file, image_dir, .. } => (file, image_dir.as_mut()),
-            Source::Danbooru { file } | Source::Posts { file } => (file, None),
+            Source::Danbooru { file } | Source::Posts { file } | Source::Parquet { file } => (file, None),
         };
         std::iter::once(first).chain(second)
     }
@@ -116,7 +121,9 @@ impl Source {
             Source::Tars { path } if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("tar")) => path.parent().unwrap_or(path),
             Source::Tars { path } => path,
             Source::SdScripts { image_dir: Some(dir), .. } => dir,
-            Source::SdScripts { file, .. } | Source::Danbooru { file } | Source::Posts { file } => file.parent().unwrap_or(file),
+            Source::SdScripts { file, .. } | Source::Danbooru { file } | Source::Posts { file } | Source::Parquet { file } => {
+                file.parent().unwrap_or(file)
+            }
         };
         home.join(path)
     }

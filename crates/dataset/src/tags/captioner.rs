@@ -147,8 +147,8 @@ impl Captioner {
         let Some(favourites) = post.row.fav_count else { return reasons };
         reasons.push(match self.rules.quality.word(post.row.id, rating, favourites) {
             None => format!("no word for quality: its id is above {}", self.rules.quality.last_id),
-            Some((word, Some(threshold))) => format!("{word}: its {favourites} favourites are more than {threshold}"),
-            Some((word, None)) => format!("{word}: its {favourites} favourites are more than no threshold"),
+            Some((word, Some(threshold))) => format!("{word}: its {favourites} favourites exceed {threshold}"),
+            Some((word, None)) => format!("{word}: its {favourites} favourites exceed no threshold"),
         });
         reasons
     }

@@ -12,6 +12,7 @@ mod index;
 mod indexed;
 mod latents;
 mod loader;
+mod parquet;
 mod plan;
 
 use std::path::{Path, PathBuf};
