@@ -1,6 +1,6 @@
 """Times our program and the PyTorch one alternately and prints the medians of both and their ratio.
 
-    python compare.py step|ops --ours PROGRAM [--rounds 7] [--against bypass,default] [arguments of both programs]
+    python compare.py step|ops|loader --ours PROGRAM [--rounds 7] [--against bypass,default] [arguments of both programs]
 
 All programs stay in memory and time one thing at a time on request. Other work on the machine would spoil that (PyTorch's
 threads wait for each other by spinning, and suffer more), so each request waits until the machine is idle, and one during
@@ -24,6 +24,15 @@ def busy():
     return (user + nice + system + irq + soft + steal) / TICK
 
 
+def used(pid):
+    """Processor seconds of a process and of those that it started, which live as long as it does."""
+    with open(f"/proc/{pid}/stat") as f:
+        fields = f.read().rsplit(")", 1)[1].split()
+    with open(f"/proc/{pid}/task/{pid}/children") as f:
+        children = f.read().split()
+    return (int(fields[11]) + int(fields[12])) / TICK + sum(used(child) for child in children)
+
+
 class Program:
     def __init__(self, name, command, threads):
         self.name = name
@@ -38,9 +47,7 @@ class Program:
         sys.exit(f"{self.name}: the program ended")
 
     def own(self):
-        with open(f"/proc/{self.process.pid}/stat") as f:
-            fields = f.read().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / TICK
+        return used(self.process.pid)
 
     def time(self, case):
         """The reply, and how many cores' worth of other work there was meanwhile."""
@@ -78,7 +85,7 @@ def measure(program, case, a, until):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "ops"])
+    parser.add_argument("what", choices=["step", "ops", "loader"])
     parser.add_argument("--ours", required=True, help="our program, built")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -96,7 +103,7 @@ def main():
         programs.append(Program("torch", theirs, a.threads))
     until = time.monotonic() + a.patience
     disturbed = []
-    scale, unit = (1, "s") if a.what == "step" else (1000, "ms")
+    scale, unit = (1000, "ms") if a.what == "ops" else (1, "s")
     for case in programs[0].cases:
         sides = [p for p in programs if case in p.cases]
         times = {p.name: [] for p in sides}
@@ -105,13 +112,15 @@ def main():
                 reply, foreign = measure(p, case, a, until)
                 times[p.name].append(reply["seconds"] * scale)
                 disturbed += [foreign] if foreign > a.foreign and reply["seconds"] > 0.3 else []
-                if a.what == "step":
+                if a.what != "ops":
                     print(f"round {i + 1}  {p.name:18} {reply['seconds']:8.3f} s   others {foreign:.2f}", flush=True)
                 if p is sides[0]:
-                    rates = [f"{reply[k]:7.1f} {label}" for k, label in [("gflops", "GFLOP/s"), ("gbytes_per_s", "GB/s")] if k in reply]
+                    rates = [f"{reply[k]:7.1f} {label}" for k, label in [("gflops", "GFLOP/s"), ("gbytes_per_s", "GB/s"), ("pictures_per_s", "pictures/s")] if k in reply]
         middle = {name: statistics.median(values) for name, values in times.items()}
         mine = middle.pop("lokr")
-        others = "".join(f"   {n} {s:8.4g} {unit}  ratio {mine / s:.2f}" for n, s in middle.items())
+        # For the loader as people say it: how many times as fast.
+        ratio = lambda s: f"{s / mine:.2f} times the throughput" if a.what == "loader" else f"ratio {mine / s:.2f}"
+        others = "".join(f"   {n} {s:8.4g} {unit}  {ratio(s)}" for n, s in middle.items())
         print(f"{case:34} lokr {mine:8.4g} {unit} {' '.join(rates)}{others}", flush=True)
     for p in programs:
         end = p.end()
