@@ -47,6 +47,11 @@ fn broken_pictures_are_named_counted_and_left_out() {
         // That a picture is cut short shows when it is decoded.
         assert!(ran.warnings().iter().any(|w| w.contains("pictures/torn.png") && w.contains("cut short")), "{}", ran.all());
         assert_eq!(steps_in_metrics(&world.run()), [1, 2, 3]);
+        // Ten visits in the three steps of the epoch, one of them of the torn picture.
+        let told =
+            "broken pictures: 1 left out at the start, 1 found later (pictures/torn.png); another one took their place at 1 of 10 visits";
+        assert_eq!(ran.lines("broken pictures:"), [told]);
+        assert_eq!(metrics(&world.run()).last().expect("a line")["replaced"], 1);
         ran.out.split("part ").next().unwrap_or_default().to_string()
     });
     assert_snapshot!(cached, @"

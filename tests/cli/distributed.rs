@@ -40,7 +40,7 @@ fn adapter_difference(a: &World, b: &World, step: u64) -> (f32, f32) {
 /// The losses are equal to 1e-5 of their size and the adapters to 1e-5: what is left is that f32 sums of the same numbers were
 /// formed in another order.
 #[track_caller]
-fn assert_same_training(a: &World, b: &World, steps: u64) {
+pub fn assert_same_training(a: &World, b: &World, steps: u64) {
     let (x, y) = (losses(a), losses(b));
     assert_eq!((x.len(), y.len()), (steps as usize, steps as usize));
     for (step, (x, y)) in x.iter().zip(&y).enumerate() {

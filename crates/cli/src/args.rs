@@ -218,6 +218,8 @@ pub enum Dataset {
     Check(Check),
     /// Show the captions that a step sees, or those of one picture.
     Caption(Caption),
+    /// Print built-in rules as TOML, to start one's own from.
+    Rules(Rules),
 }
 
 /// Arguments of `lokr dataset index`.
@@ -226,7 +228,7 @@ pub struct Index {
     /// The index (SQLite); made if absent.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Folders, shards, databases, JSON files. None: look through those of the last time again.
+    /// Folders, shards, databases, JSON and parquet files. None: look through those of the last time again.
     pub sources: Vec<PathBuf>,
     /// Number the pictures from 1, whatever their names are.
     #[arg(long)]
@@ -281,6 +283,20 @@ pub struct Caption {
     /// The step, from 0; with --id, the epoch of this step.
     #[arg(long)]
     pub step: Option<u64>,
+}
+
+/// Arguments of `lokr dataset rules`.
+#[derive(Args)]
+pub struct Rules {
+    /// Caption rules (`caption_rules` of a subset): a built-in name, or a TOML file to see it complete.
+    #[arg(long, value_name = "NAME")]
+    pub captions: Option<String>,
+    /// A selection (`selection` of a subset): a built-in name, or a TOML file to see it complete.
+    #[arg(long, value_name = "NAME", conflicts_with = "captions")]
+    pub selection: Option<String>,
+    /// With --captions: thresholds of the quality words from the favourites of this index's posts.
+    #[arg(long, value_name = "FILE", requires = "captions")]
+    pub index: Option<PathBuf>,
 }
 
 /// Arguments of `lokr plan`.

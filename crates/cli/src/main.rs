@@ -134,6 +134,7 @@ fn dataset(command: Dataset) -> Result<ExitCode> {
                 return Ok(ExitCode::FAILURE);
             }
         }
+        Dataset::Rules(a) => print!("{}", dataset_tools::rules(a.captions.as_deref(), a.selection.as_deref(), a.index.as_deref())?),
         Dataset::Caption(a) => print!("{}", dataset_tools::caption(&load(&a.recipe)?, a.id, a.step)?),
     }
     Ok(ExitCode::SUCCESS)

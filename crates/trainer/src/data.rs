@@ -40,6 +40,8 @@ pub struct Data {
 pub struct Prepared {
     /// Numbers of the samples, after replacement of broken ones.
     pub samples: Vec<u32>,
+    /// How many of them took a broken one's place.
+    pub replaced: u64,
     keys: Vec<SampleKey>,
     images: Images,
     ids: [Vec<Vec<u32>>; 2],
@@ -117,7 +119,7 @@ impl Data {
         let Some(b) = plan.batch(k as usize) else {
             return Err(candle_core::Error::Msg(format!("epoch {epoch} has no batch {k}")).into());
         };
-        let (mut samples, mut keys, mut time_ids) = (vec![], vec![], vec![]);
+        let (mut samples, mut replaced, mut keys, mut time_ids) = (vec![], 0, vec![], vec![]);
         let (mut cached, mut pixels) = (Vec::new(), Vec::new());
         let mut ids = [Vec::new(), Vec::new()];
         for entry in b.entries {
@@ -130,8 +132,9 @@ impl Data {
                 }
                 None => {
                     let loaded = self.dataset.load_pixels(entry.sample, self.seed, epoch, entry.position)?;
-                    pixels.push(pixels_tensor(&loaded.pixels)?);
-                    (loaded.sample, loaded.view)
+                    let seen = (loaded.sample, loaded.view);
+                    pixels.push(pixels_tensor(loaded.pixels)?);
+                    seen
                 }
             };
             let context = CaptionContext {
@@ -144,11 +147,12 @@ impl Data {
             let caption = self.dataset.caption(sample, context)?;
             push_ids(&self.tokenizer, &caption, self.chunks, &mut ids);
             samples.push(sample);
+            replaced += u64::from(sample != entry.sample);
             keys.push(SampleKey { epoch, position: entry.position });
             time_ids.extend(view.time_ids.map(|v| v as f32));
         }
         let images = if self.cache.is_some() { Images::Cached(cached) } else { Images::Pixels(Tensor::cat(&pixels, 0)?) };
-        Ok(Prepared { samples, keys, images, ids, time_ids })
+        Ok(Prepared { samples, replaced, keys, images, ids, time_ids })
     }
 
     /// Adds what needs the VAE: latents that the cache lacks, or, without one, a new draw from the posterior at each visit;
@@ -179,7 +183,7 @@ impl Data {
     /// others of its batch were there already.
     fn latent(&self, visit: LatentVisit, vae: &AutoencoderKL) -> Result<Tensor> {
         match (visit.source, &self.cache) {
-            (LatentSource::Pixels(pixels), Some(cache)) => latents::keep(cache, vae, &pixels_tensor(&pixels)?, &[&visit.item]),
+            (LatentSource::Pixels(pixels), Some(cache)) => latents::keep(cache, vae, &pixels_tensor(pixels)?, &[&visit.item]),
             (LatentSource::Latent(dataset::Latent { shape: [c, h, w], data }), _) => {
                 Ok(Tensor::from_vec(data, (1, c, h, w), &Device::Cpu)?)
             }
@@ -193,18 +197,24 @@ impl Data {
     }
 }
 
-/// This rank's batches from step `step` on, in order, prepared by two threads: `accumulation` for each step, `None` where
+/// This rank's batches from step `step` on, in order, prepared by so many threads: `accumulation` for each step, `None` where
 /// the end of an epoch leaves fewer for this rank.
 ///
 /// # Errors
 /// If a thread cannot be started.
-pub fn prefetch(data: &Arc<Data>, step: u64) -> Result<Prefetcher<Option<Result<Prepared>>>> {
+pub fn prefetch(data: &Arc<Data>, step: u64, threads: usize) -> Result<Prefetcher<Option<Result<Prepared>>>> {
     let turns = data.timeline.accumulation;
     let range = step * turns..data.timeline.total_steps.max(step) * turns;
     let data = data.clone();
     let prepare = move |n: u64| data.timeline.batch_of(n / turns, n % turns, data.rank).map(|batch| data.prepare(batch));
-    let started = Prefetcher::new(range, 2, 4, prepare);
+    let started = Prefetcher::new(range, threads, threads, prepare);
     started.map_err(|e| candle_core::Error::Msg(format!("no thread for reading pictures: {e}")).into())
+}
+
+/// Threads that prepare batches, in each of `processes` on this machine.
+pub fn loader_threads(config: &RunConfig, processes: usize) -> usize {
+    let all = || std::thread::available_parallelism().map_or(1, usize::from) / processes.max(1);
+    config.train.max_data_loader_n_workers.unwrap_or_else(all).max(1)
 }
 
 /// Rows of 77 tokens for a `max_token_length` of 75, 150 or 225.

@@ -1,11 +1,14 @@
-//! The commands about pictures: build an index, look at buckets, look for what would fail, see what a step sees.
+//! The commands about pictures: build an index, look at buckets, look for what would fail, see what a step sees, and the rules
+//! that captions and selections follow.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use dataset::check::{CheckOptions, check as check_pictures};
 use dataset::explain::{self, RunShape};
-use dataset::index::{BuildOptions, BuildReport, Ids, Phase, Source, build};
+use dataset::index::{BuildOptions, BuildReport, Ids, Index, Phase, Source, build};
+use dataset::select::SelectionConfig;
+use dataset::tags::{CaptionRules, percentile_table};
 use dataset::{Dataset, Named, histogram};
 
 use crate::config::RunConfig;
@@ -101,7 +104,11 @@ pub fn buckets(config: &RunConfig, svg: Option<&Path>) -> Result<String> {
     if let Some(path) = svg {
         storage::write_whole(path, histogram::svg(&counts, batch).as_bytes())?;
     }
-    Ok(format!("{}\n{}", report.to_string().trim_end(), histogram::text(&counts, batch)))
+    let report = report.to_string();
+    // The histogram tells the buckets, and more of each.
+    let found = report.split_once("buckets: ").map_or(report.as_str(), |(found, _)| found);
+    let wrote = svg.map_or_else(String::new, |path| format!("wrote {}\n", path.display()));
+    Ok(format!("{found}{}{wrote}", histogram::text(&counts, batch)))
 }
 
 /// Reads every picture of a recipe and tells what would fail or teach nothing later, and whether nothing that costs a picture
@@ -154,4 +161,30 @@ pub fn caption(config: &RunConfig, id: Option<u32>, step: Option<u64>) -> Result
         e.reasons.iter().for_each(|reason| text += &format!("  {reason}\n"));
     }
     Ok(text)
+}
+
+/// Caption rules or a selection, built in or from a file, complete and as TOML; without either, their names. With `index`, the
+/// thresholds of the quality words are those of its posts.
+///
+/// # Errors
+/// If there are no such rules, or the index cannot be read.
+pub fn rules(captions: Option<&str>, selection: Option<&str>, index: Option<&Path>) -> Result<String> {
+    let toml = |text: std::result::Result<String, toml::ser::Error>| text.unwrap_or_else(|e| e.to_string());
+    Ok(match (captions, selection) {
+        (Some(name), _) => {
+            let mut rules = CaptionRules::load(name)?;
+            if let Some(path) = index {
+                let q = &mut rules.quality;
+                let tables = percentile_table(&Index::open(path)?, &q.percentiles)?;
+                let own = [&mut q.general, &mut q.sensitive, &mut q.questionable, &mut q.explicit];
+                // A rating of which the index has no post keeps the thresholds that it had.
+                own.into_iter().zip(tables).filter(|(_, table)| !table.is_empty()).for_each(|(own, table)| *own = table);
+            }
+            toml(toml::to_string(&rules))
+        }
+        (None, Some(name)) => toml(toml::to_string(&SelectionConfig::load(name)?)),
+        (None, None) => {
+            format!("caption rules: {}\nselections: {}\n", CaptionRules::BUILT_IN.join(", "), SelectionConfig::BUILT_IN.join(", "))
+        }
+    })
 }

@@ -33,9 +33,16 @@ pub struct StepReport {
     /// Steps skipped so far because the gradient overflowed; f16 only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overflows: Option<u64>,
+    /// Samples so far whose picture is broken, so that another one of their bucket took their place.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub replaced: u64,
     /// Where the time of each rank went, in rank order.
     #[serde(default)]
     pub phases: Vec<Phases>,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 /// Seconds of a rank's part of a step. A slow disk shows in `data`, a slow device in `compute`; the others then have a long

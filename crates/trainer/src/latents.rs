@@ -3,7 +3,8 @@
 //! No rank waits for another one's latents. What a visit does not find, its rank encodes then, and the numbers are the same.
 //!
 //! # Determinism
-//! A cached latent is one draw from the VAE's posterior, keyed by the picture's identity alone.
+//! A cached latent is one draw from the VAE's posterior, keyed by the picture's identity alone, and rounded to f16 wherever it is
+//! kept: a run that moves its cache from memory to files, or back, goes on with the same numbers.
 
 use std::path::{Path, PathBuf};
 
@@ -25,13 +26,13 @@ const CHUNK: usize = 1 << 16;
 /// If latents cannot be cached (random crops), or the folder cannot be used.
 pub fn open(config: &RunConfig, dataset: &Dataset, vae_hash: &str, observe: &mut Observer) -> Result<Option<LatentCache>> {
     let c = &config.cache;
-    let (place, dtype) = match (c.cache_latents_to_disk, c.cache_latents) {
-        (true, _) => (CachePlace::Folder(folder(config)), CacheDtype::F16),
-        (false, true) => (CachePlace::Memory, CacheDtype::F32),
+    let place = match (c.cache_latents_to_disk, c.cache_latents) {
+        (true, _) => CachePlace::Folder(folder(config)),
+        (false, true) => CachePlace::Memory,
         (false, false) => return Ok(None),
     };
     dataset.config().check_cacheable()?;
-    let cache = LatentCache::open(place, vae_hash, dtype)?.with_npz(c.read_npz_latents);
+    let cache = LatentCache::open(place, vae_hash, CacheDtype::F16)?.with_npz(c.read_npz_latents);
     let ignored = cache.ignored_shards()?;
     if let Some(first) = ignored.first.first() {
         observe(Event::Note(format!("{} files of cached latents are not used; {first}", ignored.count)));
@@ -93,7 +94,7 @@ fn encode_batch(config: &RunConfig, dataset: &Dataset, cache: &LatentCache, vae:
     for item in items {
         match dataset.load_for_cache(item.key) {
             Ok(pixels) => {
-                tensors.push(pixels_tensor(&pixels)?);
+                tensors.push(pixels_tensor(pixels)?);
                 good.push(item);
             }
             // It is listed in `Dataset::broken`, and its bucket's next picture will take its place.
@@ -137,7 +138,7 @@ pub fn draw(mean: &Tensor, logvar: &Tensor, streams: impl Iterator<Item = Stream
 ///
 /// # Errors
 /// If the numbers do not fit the size.
-pub fn pixels_tensor(pixels: &Pixels) -> Result<Tensor> {
+pub fn pixels_tensor(pixels: Pixels) -> Result<Tensor> {
     let (w, h) = pixels.target_size;
-    Ok(Tensor::from_slice(&pixels.data, (1, 3, h as usize, w as usize), &Device::Cpu)?)
+    Ok(Tensor::from_vec(pixels.data, (1, 3, h as usize, w as usize), &Device::Cpu)?)
 }

@@ -38,6 +38,7 @@ pub mod tools;
 pub mod train;
 pub mod validation;
 pub mod verify;
+mod writer;
 
 /// Starting the processes of a run.
 pub use dist::launch;

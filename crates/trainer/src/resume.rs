@@ -142,6 +142,7 @@ mod tests {
             lokr: String::new(),
             step: 3,
             samples_seen: 0,
+            replaced: 0,
             epoch: 0,
             next_sample: None,
             loss_average: 0.0,

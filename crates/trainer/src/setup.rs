@@ -52,6 +52,8 @@ pub struct Sources {
     checkpoint: Checkpoint,
     /// Identity of the base model.
     pub hash: ModelHash,
+    /// Pictures that were found and cannot be used, as their headers or captions show.
+    pub left_out: usize,
 }
 
 /// Checks the recipe, lists the pictures and opens the base model's files.
@@ -70,7 +72,8 @@ pub fn open(config: &RunConfig, observe: &mut Observer) -> Result<Sources> {
     let checkpoint = base::open_checkpoint(&config.model, config.train.compat == Some(Compat::SdScripts))?;
     let checkpoint = checkpoint.with_device(device::choose(config.train.device)?);
     let hash = checkpoint.hash()?;
-    Ok(Sources { dataset, checkpoint, hash })
+    let left_out = report.broken_images.count + report.broken_captions.count;
+    Ok(Sources { dataset, checkpoint, hash, left_out })
 }
 
 /// Builds all parts and tells what was derived.
@@ -78,7 +81,7 @@ pub fn open(config: &RunConfig, observe: &mut Observer) -> Result<Sources> {
 /// # Errors
 /// Anything that keeps the run from starting.
 pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut Observer) -> Result<Parts> {
-    let Sources { dataset, checkpoint, hash } = sources;
+    let Sources { dataset, checkpoint, hash, .. } = sources;
     let model = base::load_for_training(config, &checkpoint)?;
     let network = base::create_network(config, &model)?;
     observe(Event::Note(base::table(config, &network)));

@@ -1,6 +1,6 @@
 //! A training run from top to bottom: parts are built, state is restored, the loop runs, a checkpoint is written.
 
-use std::thread::JoinHandle;
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use dist::World;
@@ -10,7 +10,7 @@ use sdxl::Sdxl;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{self, RunState, Snapshot};
-use crate::config::{OnNonFinite, OutputConfig, RunConfig};
+use crate::config::{OnNonFinite, RunConfig};
 use crate::data::{self, Data, Prepared};
 use crate::ddp::Buckets;
 use crate::error::{Error, Result};
@@ -21,6 +21,7 @@ use crate::ranks::Ranks;
 use crate::resume;
 use crate::setup::{self, Parts};
 use crate::step::{self, Objective, Trained};
+use crate::writer::{Writer, not_saved};
 
 /// What a run is told besides its recipe.
 #[derive(Clone, Default)]
@@ -82,6 +83,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         _ => (None, None),
     };
     let sources = setup::open(config, observe)?;
+    let (left_out, loaders) = (sources.left_out, data::loader_threads(config, world.local_world_size));
     let ranks = Ranks::meet(world, config, sources.dataset.fingerprint(), sources.hash.sha256.clone())?;
     let found = ranks.value_of_first("checkpoint to go on from", found)?;
     let recipe = config.to_toml();
@@ -96,6 +98,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         lokr: env!("CARGO_PKG_VERSION").into(),
         step: 0,
         samples_seen: 0,
+        replaced: 0,
         epoch: 0,
         next_sample: None,
         loss_average: 0.0,
@@ -139,7 +142,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     setup::make_ready(&ranks, &trained, &optimizer, &buckets, state.step, observe)?;
 
     let rates = Rates::new(&config, timeline.total_steps)?;
-    let mut batches = data::prefetch(&data, state.step)?;
+    let mut batches = data::prefetch(&data, state.step, loaders)?;
     let mut writer = Writer::default();
     let run = Run { config: &config, ranks: &ranks, model: &model, objective: &objective, trained: &trained, data: &data, rates: &rates };
     observe(Event::Start { done: state.step, total: timeline.total_steps });
@@ -149,6 +152,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
                 save(&run, &optimizer, &state, &recipe, outputs.metrics.tail()?, &mut writer)?;
             }
             writer.finish(observe)?;
+            tell_broken(&ranks, &data, left_out, &state, observe)?;
             observe(Event::Note(format!("stopped after step {} of {}; run the same command to go on", state.step, timeline.total_steps)));
             ranks.wait("the end of the run")?;
             return Ok(Outcome::Interrupted);
@@ -182,6 +186,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     if let Some(outputs) = &outputs {
         outputs.finish(observe)?;
     }
+    tell_broken(&ranks, &data, left_out, &state, observe)?;
     ranks.wait("the end of the run")?;
     Ok(Outcome::Finished)
 }
@@ -210,7 +215,7 @@ fn train_step(
     let started = Instant::now();
     let samples = data.samples_of(state.step)?;
     let scale = precision::loss_scale(state);
-    let (mut loss, mut seen, mut phases) = (0.0, Vec::new(), Phases::default());
+    let (mut loss, mut seen, mut replaced, mut phases) = (0.0, Vec::new(), 0, Phases::default());
     let mut first_bad = None;
     let turns = data.timeline.accumulation;
     for turn in 0..turns {
@@ -218,6 +223,7 @@ fn train_step(
         let Some(next) = batches.next() else { return Err(candle_core::Error::Msg("the plan ended before the run".into()).into()) };
         let Some(prepared) = next.transpose()? else { continue };
         seen.extend_from_slice(&prepared.samples);
+        replaced += prepared.replaced;
         let batch = data.finish(prepared, &model.vae)?;
         phases.data += waiting.elapsed().as_secs_f64();
         let computing = Instant::now();
@@ -235,7 +241,7 @@ fn train_step(
         phases.compute += computing.elapsed().as_secs_f64();
     }
     phases.reduce = buckets.finish(ranks, trained, state.step)?;
-    let shares = ranks.gather("loss of the step", &Share { loss: loss.to_bits(), first_bad, phases })?;
+    let shares = ranks.gather("loss of the step", &Share { loss: loss.to_bits(), replaced, first_bad, phases })?;
     // The same number on all ranks, and so is the norm: what follows from them is decided by all alike.
     let loss: f64 = shares.iter().map(|s| f64::from_bits(s.loss)).sum();
     if state.step == 0 {
@@ -277,6 +283,7 @@ fn train_step(
     let (epoch, _) = data.timeline.window(state.step);
     state.step += 1;
     state.samples_seen += samples as u64;
+    state.replaced += shares.iter().map(|s| s.replaced).sum::<u64>();
     ranks.spoil_weights(trained, state.step)?;
     let seconds = started.elapsed().as_secs_f64();
     Ok(StepReport {
@@ -293,6 +300,7 @@ fn train_step(
         withheld: verdict != Verdict::Apply,
         loss_scale: state.loss_scaler.map(|_| scale),
         overflows: state.loss_scaler.map(|s| s.total_skips),
+        replaced: state.replaced,
         phases: shares.into_iter().map(|s| s.phases).collect(),
     })
 }
@@ -302,9 +310,32 @@ fn train_step(
 struct Share {
     /// Bits of its part of the loss, which may be no number.
     loss: u64,
+    /// Samples that took a broken one's place.
+    replaced: u64,
     /// Where that began, if it is none.
     first_bad: Option<String>,
     phases: Phases,
+}
+
+/// At the end, how many pictures could not be used, on all ranks together; nothing if there were none.
+fn tell_broken(ranks: &Ranks, data: &Data, left_out: usize, state: &RunState, observe: &mut Observer) -> Result<()> {
+    let own: Vec<u32> = data.dataset.broken().into_keys().collect();
+    let found: BTreeSet<u32> = ranks.gather("broken pictures", &own)?.into_iter().flatten().collect();
+    if left_out + found.len() == 0 && state.replaced == 0 {
+        return Ok(());
+    }
+    let mut names = found.iter().take(5).map(|&sample| data.path(sample).display().to_string()).collect::<Vec<_>>().join(", ");
+    if found.len() > 5 {
+        names += &format!(" and {} more", found.len() - 5);
+    }
+    let these = if names.is_empty() { String::new() } else { format!(" ({names})") };
+    observe(Event::Note(format!(
+        "broken pictures: {left_out} left out at the start, {} found later{these}; another one took their place at {} of {} visits",
+        found.len(),
+        state.replaced,
+        state.samples_seen
+    )));
+    Ok(())
 }
 
 /// The newest whole checkpoint, for the message of a run that stops.
@@ -342,75 +373,4 @@ impl StepRates {
 fn save(run: &Run, optimizer: &Optimizer, state: &RunState, recipe: &str, metrics: String, writer: &mut Writer) -> Result<()> {
     let state = resume::position(state, run.data)?;
     writer.start(Snapshot::take(run.trained, optimizer, state, recipe.into(), metrics)?, &run.config.output)
-}
-
-/// Writes checkpoints beside the training: one at a time, so that a step waits for the copy only.
-#[derive(Default)]
-struct Writer(Option<JoinHandle<Result<std::path::PathBuf>>>, Vec<Result<std::path::PathBuf>>);
-
-impl Writer {
-    fn start(&mut self, snapshot: Snapshot, output: &OutputConfig) -> Result<()> {
-        self.join();
-        let (run, keep_last, keep_every) = (output.dir.clone(), output.keep_last, output.keep_every);
-        let write = move || {
-            let path = snapshot.write(&run)?;
-            checkpoint::delete_old(&run, keep_last, keep_every)?;
-            Ok(path)
-        };
-        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(write);
-        self.0 = Some(thread.map_err(|e| candle_core::Error::Msg(format!("no thread for writing checkpoints: {e}")))?);
-        Ok(())
-    }
-
-    fn join(&mut self) {
-        if let Some(thread) = self.0.take() {
-            self.1.push(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        }
-    }
-
-    /// Reports what has been written. A failed save does not end the run: the last good checkpoint is untouched, and the
-    /// next cadence tries again.
-    fn poll(&mut self, observe: &mut Observer) -> Result<()> {
-        if self.0.as_ref().is_some_and(JoinHandle::is_finished) {
-            self.join();
-        }
-        for written in self.1.drain(..) {
-            match written {
-                Ok(path) => observe(Event::Wrote("checkpoint", path)),
-                Err(error) => observe(not_saved("checkpoint", &error)),
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits for the last save; its failure is the run's.
-    fn finish(&mut self, observe: &mut Observer) -> Result<()> {
-        self.join();
-        let last = self.1.pop();
-        self.poll(observe)?;
-        if let Some(last) = last {
-            observe(Event::Wrote("checkpoint", last?));
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Writer {
-    /// A run that ends with an error still finishes the checkpoint that is being written.
-    fn drop(&mut self) {
-        if let Some(thread) = self.0.take() {
-            _ = thread.join();
-        }
-    }
-}
-
-/// A save that failed and that the next cadence tries again.
-fn not_saved(what: &str, error: &Error) -> Event {
-    let hint = error.hint().map_or_else(String::new, |h| format!(" ({h})"));
-    Event::Warning(format!("the {what} was not saved, training goes on: {}{hint}", chain(error)))
-}
-
-/// An error and its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(Some(error), |e| e.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

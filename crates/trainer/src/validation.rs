@@ -61,7 +61,7 @@ impl Validation {
             let context = CaptionContext { seed: v.seed, epoch: 0, position: u64::from(number), step: 0, max_train_steps: 1 };
             let mut ids = [vec![], vec![]];
             push_ids(tokenizer, &dataset.caption(loaded.sample, context)?, chunks, &mut ids);
-            let (mean, _) = model.vae.encode(&pixels_tensor(&loaded.pixels)?.to_device(model.device())?)?;
+            let (mean, _) = model.vae.encode(&pixels_tensor(loaded.pixels)?.to_device(model.device())?)?;
             let time_ids = Tensor::from_vec(loaded.view.time_ids.map(|t| t as f32).to_vec(), (1, 6), model.device())?;
             pictures.push(Picture { latents: (mean * LATENT_SCALE)?, ids, time_ids });
         }

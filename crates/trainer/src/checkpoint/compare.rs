@@ -7,6 +7,7 @@ const FREE: &[&str] = &[
     "train.max_train_steps",
     "train.max_train_epochs",
     "train.threads",
+    "train.max_data_loader_n_workers",
     "train.gradient_checkpointing",
     "train.ddp_timeout",
     "train.ddp_bucket_cap_mb",

@@ -46,6 +46,9 @@ pub struct RunState {
     pub epoch: u64,
     /// Number of the next step's first sample in the dataset.
     pub next_sample: Option<u32>,
+    /// Samples whose picture is broken, so that another one of their bucket took their place.
+    #[serde(default)]
+    pub replaced: u64,
     /// Moving average of the loss.
     pub loss_average: f64,
     /// Steps withheld because of a loss or gradient that is no number, those skipped because of an f16 overflow included.

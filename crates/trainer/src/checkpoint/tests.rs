@@ -18,6 +18,7 @@ fn state(step: u64) -> RunState {
         lokr: "test".into(),
         step,
         samples_seen: 4 * step,
+        replaced: 1,
         epoch: 0,
         next_sample: Some(3),
         // A double that a reader of less than all digits gets wrong in the last bit.

@@ -19,9 +19,9 @@ section! {
     /// The pictures and their captions. Each `[[dataset.subsets]]` is a folder; a subset's key that is written in `[dataset]` holds for
     /// every subset that does not give it itself.
     CacheConfig = "dataset" {
-        /// Encode each picture once and keep the latents in memory.
+        /// Encode each picture once and keep the latents in memory, in f16.
         cache_latents: bool = false, same;
-        /// Encode each picture once and keep the latents in files, for later runs too. Includes `cache_latents`.
+        /// Encode each picture once and keep the latents in files, for later runs too. Includes `cache_latents`; the numbers are the same.
         cache_latents_to_disk: bool = false, same;
         /// Encode a picture when it is first visited, instead of all before the first step. The result is the same.
         cache_latents_lazily: bool = false, ours;

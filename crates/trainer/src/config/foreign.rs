@@ -51,7 +51,6 @@ pub(super) const WITHOUT_COUNTERPART: &[(&str, &str)] = &[
     ("deepspeed", "not supported"),
     ("ddp_gradient_as_bucket_view", "remove it: see train.ddp_bucket_cap_mb"),
     ("ddp_static_graph", "remove it: how often a parameter is used is learned in the first step"),
-    ("max_data_loader_n_workers", "remove it: the loader's threads are chosen by the program"),
     ("persistent_data_loader_workers", "remove it: the loader stays alive"),
     ("logging_dir", "remove it: metrics are written to output.dir"),
     ("log_with", "remove it: metrics are written to output.dir"),

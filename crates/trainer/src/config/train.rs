@@ -254,5 +254,9 @@ section! {
         device: DeviceChoice = DeviceChoice::Auto, ours;
         /// Threads for computing. If absent: one for each core.
         threads: Option<usize> = None, ours;
+        /// Threads that prepare batches ahead: read, decode and resize pictures, tokenize captions. Each holds one batch, and as many
+        /// wait finished. 0, with which sd-scripts loads between the steps, is taken for 1. If absent: one for each core, shared by the
+        /// processes of a machine.
+        max_data_loader_n_workers: Option<usize> = None, same;
     }
 }
