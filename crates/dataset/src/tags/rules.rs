@@ -163,7 +163,7 @@ pub(crate) fn load_rules<T: Serialize + DeserializeOwned>(
     let mut whole = Table::try_from(&base).map_err(|e| refuse(e.to_string(), known()))?;
     lay_over(&mut whole, table);
     let understood: std::result::Result<T, toml::de::Error> = Value::Table(whole).try_into();
-    understood.map_err(|e| refuse(e.message().trim().to_string(), format!("`lokr dataset rules` prints the built-in ones with all keys")))
+    understood.map_err(|e| refuse(e.message().trim().to_string(), format!("`lokr dataset rules` prints the built-in {kind} with all keys")))
 }
 
 /// Tables are merged, everything else is replaced.
