@@ -1,11 +1,13 @@
 //! What the benches and the programs beside them measure: one training step of a small UNet ([`step`]), the single ops
-//! ([`cases`]) and the loader of pictures ([`loader`]), with what they share: a base model of random weights ([`model`]) and the memory of the process
+//! ([`cases`]), the adapted layers of SDXL ([`layers`]) and the loader of pictures ([`loader`]), with what they share: a base
+//! model of random weights ([`model`]) and the memory of the process
 //! ([`memory`]), and timing on request ([`request`]).
 //!
 //! The PyTorch side lies in `benches/torch`; `scripts/bench-against-torch.sh` runs both alternately. Results and how to
 //! read them are in `docs/benchmarks.md`.
 
 pub mod cases;
+pub mod layers;
 pub mod loader;
 pub mod memory;
 pub mod model;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use random::{Purpose, Stream};
-use sdxl::checkpoint::{Checkpoint, HeadDims};
+use sdxl::checkpoint::{Checkpoint, HeadDims, Shapes};
 use sdxl::config::UNetConfig;
 use sdxl::unet::UNet;
 use storage::safetensors::{Dtype, SafeTensors, TensorSource};
@@ -52,7 +52,7 @@ impl Config {
         }
         let folder = std::env::var_os("LOKR_BENCH_MODELS").map_or_else(|| root.join("target/bench-models"), PathBuf::from);
         let path = folder.join("mid.safetensors");
-        let wants = layout(&mid());
+        let wants = layout(&Shapes::mid().unet);
         if !holds(&path, &wants) {
             storage::create_dir_all(&folder)?;
             write_random(&path, &wants)?;
@@ -69,22 +69,6 @@ impl Config {
         let dims = if self == Self::Tiny { tiny } else { HeadDims::default() };
         let checkpoint = Checkpoint::open(&self.file()?)?;
         Ok(UNet::load(&checkpoint, UNetConfig::of_checkpoint(&checkpoint, dims)?, DType::F32)?)
-    }
-}
-
-/// Widths and depths of [`Config::Mid`].
-fn mid() -> UNetConfig {
-    UNetConfig {
-        in_channels: 4,
-        out_channels: 4,
-        block_out_channels: vec![160, 320, 640],
-        layers_per_block: 2,
-        transformer_depth: vec![0, 1, 2],
-        mid_depth: 2,
-        context_dim: 768,
-        adm_dim: 2048,
-        head_dim: 64,
-        norm_num_groups: 32,
     }
 }
 
@@ -237,7 +221,8 @@ mod tests {
     /// The number that the PyTorch side counts for its own `mid`.
     #[test]
     fn mid_has_the_parameters_of_the_other_side() {
-        let count: usize = layout(&mid()).iter().filter(|w| w.name.starts_with(UNET)).map(|w| w.shape.iter().product::<usize>()).sum();
+        let count: usize =
+            layout(&Shapes::mid().unet).iter().filter(|w| w.name.starts_with(UNET)).map(|w| w.shape.iter().product::<usize>()).sum();
         assert_eq!(count, 208_074_564);
     }
 }

@@ -1,6 +1,6 @@
 """SDXL's UNet in PyTorch for timing: the topology and the class names by which LyCORIS picks layers, random weights.
 
-One class for each of the four that LyCORIS knows; the walk through levels is a list of steps that `Unet.forward` runs."""
+Classes and attributes have the names by which kohya's trainer and LyCORIS know them, so that single-file checkpoints fit."""
 import math
 from dataclasses import dataclass
 
@@ -28,72 +28,94 @@ SHAPES = {
 }
 
 
+def sinusoids(t, width):
+    angle = t.float()[:, None] * torch.exp(torch.arange(width // 2) * (-math.log(10000) / (width // 2)))
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
 class ResnetBlock2D(nn.Module):
     def __init__(self, shape, inner, outer):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(shape.groups, inner), nn.GroupNorm(shape.groups, outer)
-        self.conv1, self.conv2 = nn.Conv2d(inner, outer, 3, 1, 1), nn.Conv2d(outer, outer, 3, 1, 1)
-        self.time = nn.Linear(4 * shape.channels[0], outer)
-        self.skip = nn.Conv2d(inner, outer, 1) if inner != outer else None
+        self.in_layers = nn.Sequential(nn.GroupNorm(shape.groups, inner), nn.SiLU(), nn.Conv2d(inner, outer, 3, 1, 1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * shape.channels[0], outer))
+        self.out_layers = nn.Sequential(nn.GroupNorm(shape.groups, outer), nn.SiLU(), nn.Identity(), nn.Conv2d(outer, outer, 3, 1, 1))
+        self.skip_connection = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
 
     def forward(self, x, emb):
-        y = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(emb)).unsqueeze(-1).unsqueeze(-1)
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.skip is None else self.skip(x))
+        y = self.in_layers(x) + self.emb_layers(emb).unsqueeze(-1).unsqueeze(-1)
+        return self.out_layers(y) + self.skip_connection(x)
 
 
-class Attention(nn.Module):
+class CrossAttention(nn.Module):
     def __init__(self, shape, width, source):
         super().__init__()
         self.head = shape.head
-        self.q = nn.Linear(width, width, bias=False)
-        self.k, self.v = nn.Linear(source, width, bias=False), nn.Linear(source, width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k, self.to_v = nn.Linear(source, width, bias=False), nn.Linear(source, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x, source):
         def heads(t):
             return t.view(*t.shape[:2], -1, self.head).transpose(1, 2)
 
-        y = F.scaled_dot_product_attention(heads(self.q(x)), heads(self.k(source)), heads(self.v(source)))
-        return self.out(y.transpose(1, 2).reshape(x.shape))
+        y = F.scaled_dot_product_attention(heads(self.to_q(x)), heads(self.to_k(source)), heads(self.to_v(source)))
+        return self.to_out[0](y.transpose(1, 2).reshape(x.shape))
 
 
-class Block(nn.Module):
+class GEGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.proj = nn.Linear(width, 8 * width)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, -1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
     def __init__(self, shape, width):
         super().__init__()
-        self.own, self.cross = Attention(shape, width, width), Attention(shape, width, shape.context)
-        self.wide, self.narrow = nn.Linear(width, 8 * width), nn.Linear(4 * width, width)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.attn1, self.attn2 = CrossAttention(shape, width, width), CrossAttention(shape, width, shape.context)
+        self.ff = FeedForward(width)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
 
     def forward(self, x, context):
-        y = self.norms[0](x)
-        x = x + self.own(y, y)
-        x = x + self.cross(self.norms[1](x), context)
-        value, gate = self.wide(self.norms[2](x)).chunk(2, -1)
-        return x + self.narrow(value * F.gelu(gate))
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
 
 
 class Transformer2DModel(nn.Module):
     def __init__(self, shape, width, depth):
         super().__init__()
         self.norm = nn.GroupNorm(shape.groups, width, 1e-6)
-        self.inward, self.outward = nn.Linear(width, width), nn.Linear(width, width)
-        self.blocks = nn.ModuleList(Block(shape, width) for _ in range(depth))
+        self.proj_in, self.proj_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(shape, width) for _ in range(depth))
 
     def forward(self, x, context, run):
-        y = self.inward(self.norm(x).flatten(2).mT)
-        for block in self.blocks:
+        y = self.proj_in(self.norm(x).flatten(2).mT)
+        for block in self.transformer_blocks:
             y = run(block, y, context)
-        return x + self.outward(y).mT.reshape(x.shape)
+        return x + self.proj_out(y).mT.reshape(x.shape)
 
 
 class Downsample2D(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, 2, 1)
+        self.op = nn.Conv2d(width, width, 3, 2, 1)
 
     def forward(self, x):
-        return self.conv(x)
+        return self.op(x)
 
 
 class Upsample2D(nn.Module):
@@ -106,7 +128,7 @@ class Upsample2D(nn.Module):
 
 
 class Unet(nn.Module):
-    """`recompute`: each ResNet and each transformer block keeps its inputs only."""
+    """Attributes have the names of SDXL's single-file layout. `recompute`: each ResNet and each transformer block keeps its inputs only."""
 
     def __init__(self, shape, recompute=False):
         super().__init__()
@@ -116,61 +138,52 @@ class Unet(nn.Module):
         def embedding(inner):
             return nn.Sequential(nn.Linear(inner, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
 
-        self.time, self.condition = embedding(base), embedding(shape.condition)
-        self.first = nn.Conv2d(4, base, 3, 1, 1)
-        down, up, kept, width = [], [], [base], base
+        def block(inner, level):
+            width, depth = shape.channels[level], shape.depths[level]
+            return [ResnetBlock2D(shape, inner, width)] + ([Transformer2DModel(shape, width, depth)] if depth else [])
 
-        def pair(steps, inner, level):
-            steps.append(ResnetBlock2D(shape, inner, shape.channels[level]))
-            if shape.depths[level]:
-                steps.append(Transformer2DModel(shape, shape.channels[level], shape.depths[level]))
-
+        self.time_embed, self.label_emb = embedding(base), nn.Sequential(embedding(shape.condition))
+        down, up, kept, width = [[nn.Conv2d(4, base, 3, 1, 1)]], [], [base], base
         for level in range(3):
             for _ in range(2):
-                pair(down, width, level)
+                down.append(block(width, level))
                 width = shape.channels[level]
                 kept.append(width)
-                down.append(None)
             if level < 2:
-                down.append(Downsample2D(width))
+                down.append([Downsample2D(width)])
                 kept.append(width)
-                down.append(None)
-        self.down = nn.ModuleList(m or nn.Identity() for m in down)
-        self.middle = nn.ModuleList(
-            [ResnetBlock2D(shape, width, width), Transformer2DModel(shape, width, shape.middle), ResnetBlock2D(shape, width, width)])
         for level in (2, 1, 0):
             for i in range(3):
-                up.append(None)
-                pair(up, width + kept.pop(), level)
+                up.append(block(width + kept.pop(), level))
                 width = shape.channels[level]
             if level:
-                up.append(Upsample2D(width))
-        self.up = nn.ModuleList(m or nn.Identity() for m in up)
-        self.norm, self.last = nn.GroupNorm(shape.groups, width), nn.Conv2d(width, 4, 3, 1, 1)
+                up[-1].append(Upsample2D(width))
+        middle = shape.channels[2]
+        self.input_blocks = nn.ModuleList(map(nn.ModuleList, down))
+        self.middle_block = nn.ModuleList([
+            ResnetBlock2D(shape, middle, middle), Transformer2DModel(shape, middle, shape.middle), ResnetBlock2D(shape, middle, middle)])
+        self.output_blocks = nn.ModuleList(map(nn.ModuleList, up))
+        self.out = nn.Sequential(nn.GroupNorm(shape.groups, width), nn.SiLU(), nn.Conv2d(width, 4, 3, 1, 1))
 
     def forward(self, x, t, context, condition):
-        half = self.shape.channels[0] // 2
-        angle = t.float()[:, None] * torch.exp(torch.arange(half) * (-math.log(10000) / half))
-        emb = self.time(torch.cat([angle.cos(), angle.sin()], 1)) + self.condition(condition)
+        emb = self.time_embed(sinusoids(t, self.shape.channels[0])) + self.label_emb(condition)
 
         def run(module, *inputs):
             return checkpoint(module, *inputs, use_reentrant=False) if self.recompute else module(*inputs)
 
-        def step(module, h):
-            if isinstance(module, ResnetBlock2D):
-                return run(module, h, emb)
-            return module(h, context, run) if isinstance(module, Transformer2DModel) else module(h)
+        def through(block, h):
+            for module in block:
+                if isinstance(module, ResnetBlock2D):
+                    h = run(module, h, emb)
+                else:
+                    h = module(h, context, run) if isinstance(module, Transformer2DModel) else module(h)
+            return h
 
-        h = self.first(x)
-        kept = [h]
-        # An Identity marks where a skip is kept on the way down, and taken on the way up.
-        for module in self.down:
-            if isinstance(module, nn.Identity):
-                kept.append(h)
-            else:
-                h = step(module, h)
-        for module in self.middle:
-            h = step(module, h)
-        for module in self.up:
-            h = torch.cat([h, kept.pop()], 1) if isinstance(module, nn.Identity) else step(module, h)
-        return self.last(F.silu(self.norm(h)))
+        h, kept = x, []
+        for block in self.input_blocks:
+            h = through(block, h)
+            kept.append(h)
+        h = through(self.middle_block, h)
+        for block in self.output_blocks:
+            h = through(block, torch.cat([h, kept.pop()], 1))
+        return self.out(h)

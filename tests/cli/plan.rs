@@ -48,6 +48,16 @@ fn a_plan_tells_what_training_finds() {
     let layers = |part: &str| listed.lines().filter(|l| l.starts_with(part)).count();
     assert!(layers("te1") == 18 && layers("te2") == 24, "{listed}");
     assert!(listed.contains("input_blocks.1.0.in_layers.2"), "{listed}");
+    // Forced, every layer takes that path.
+    let paths = |forward: &str| {
+        let set = format!("network.forward={forward}");
+        let listed = world.lokr(&[&args[..], &["--layers", "--set", &set]].concat()).good().all();
+        assert!(listed.contains(&format!("network.forward = \"{forward}\"")), "{listed}");
+        let of = |path: &str| listed.lines().filter(|l| l.starts_with("unet") && l.split_whitespace().nth(6) == Some(path)).count();
+        (of("merged"), of("factored"))
+    };
+    let (merged, factored) = (paths("merged"), paths("factored"));
+    assert!(merged.0 > 100 && merged.1 == 0 && factored == (0, merged.0), "{merged:?} {factored:?}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Scaled dot-product attention with its own backward, in query chunks: no score matrix is stored, only each row's
 //! log-sum-exp (Dao et al. 2022, FlashAttention, equations of section 3.1).
 
-use crate::gemm::{Dst, Product, Threads, kernel};
+use crate::gemm::{Begin, Dst, Product, Threads, kernel};
 use crate::math::{exp, simd};
 use crate::pack::Operand;
 use crate::tape::{Value, custom};
@@ -49,7 +49,7 @@ impl Sizes {
 
     fn place(&self, data: SharedMut, b: usize, h: usize, t: usize, from: usize) -> Dst {
         let inner = self.inner();
-        Dst { data, offset: (b * t + from) * inner + h * self.d, rs: inner }
+        Dst { data, offset: (b * t + from) * inner + h * self.d, rs: inner, turned: false }
     }
 
     /// Keys that query row `i` sees.
@@ -97,7 +97,7 @@ pub fn attention(q: &Value, k: &Value, v: &Value, heads: usize, causal: bool) ->
 /// No other thread touches the places of `dst` meanwhile.
 unsafe fn multiply(kernel: Kernel, (m, n, k): (usize, usize, usize), a: Operand, b: Operand, dst: Dst, add: bool, scale: f32) {
     // SAFETY: the caller's promise.
-    unsafe { Product { m, n, k, a, b, dst, add, scale, kernel }.run(Threads::One) }
+    unsafe { Product { m, n, k, a, b, dst, begin: if add { Begin::Add } else { Begin::Zero }, scale, kernel }.run(Threads::One) }
 }
 
 #[inline(always)]
@@ -150,7 +150,7 @@ fn forward(q: &[f32], k: &[f32], v: &[f32], s: Sizes) -> (Vec<f32>, Vec<f32>) {
             let from = chunk * QUERIES;
             let rows = QUERIES.min(s.tq - from);
             let keys = s.seen(from + rows - 1);
-            let local = Dst { data: SharedMut::new(scores), offset: 0, rs: s.tk };
+            let local = Dst { data: SharedMut::new(scores), offset: 0, rs: s.tk, turned: false };
             let inner = s.inner();
             let (qm, km) = (Operand::rows(s.head(q, b, h, s.tq, from), inner), Operand::rows(s.head(k, b, h, s.tk, 0), inner));
             // SAFETY: `scores` belongs to this task.
@@ -199,7 +199,7 @@ fn backward(q: &[f32], k: &[f32], v: &[f32], out: &[f32], dy: &[f32], lse: &[f32
                 let keys = s.seen(from + rows - 1);
                 let (qh, dyh) = (s.head(q, b, h, s.tq, from), s.head(dy, b, h, s.tq, from));
                 let (kh, vh) = (s.head(k, b, h, s.tk, 0), s.head(v, b, h, s.tk, 0));
-                let own = |data: &mut Vec<f32>| Dst { data: SharedMut::new(data), offset: 0, rs: s.tk };
+                let own = |data: &mut Vec<f32>| Dst { data: SharedMut::new(data), offset: 0, rs: s.tk, turned: false };
                 let scores = (rows, keys, s.d);
                 // SAFETY: `p` and `ds` belong to this task.
                 unsafe {

@@ -6,7 +6,7 @@
 use crate::basic::add_over;
 #[cfg(feature = "cudnn")]
 use crate::cudnn;
-use crate::gemm::{Dst, Product, Threads, gemm, kernel};
+use crate::gemm::{Begin, Dst, Product, Threads, gemm, kernel};
 use crate::linear::{stored, widen};
 use crate::pack::Operand;
 use crate::tape::{Value, custom};
@@ -170,11 +170,7 @@ pub fn conv2d_forward<'a>(
     let a = lines.plain().map_or(Operand::AlongK(&fill), |w| Operand::rows(w, depth));
     let mut y = Vec::new();
     let out = SharedMut::for_vec(&mut y, g.n * o * pixels);
-    if let Some(b) = &bias {
-        let b = F32::new(b)?;
-        // SAFETY: each task writes its own plane, whose memory is there.
-        (0..g.n * o).into_par_iter().with_min_len(grain(pixels)).for_each(|i| unsafe { out.fill(i * pixels, pixels, b[i % o]) });
-    }
+    let bias = bias.as_ref().map(F32::new).transpose()?;
     let padded = g.pad(&xv);
     let x = padded.as_deref().unwrap_or(&xv);
     let image = x.len() / g.n.max(1);
@@ -183,8 +179,9 @@ pub fn conv2d_forward<'a>(
         let x = &x[i * image..][..image];
         let patches = |line: usize, from: usize, to: &mut [f32]| g.patch_line(x, line, from, to);
         let b = if g.pointwise() { Operand::columns(x, pixels) } else { Operand::Across(&patches) };
-        let dst = Dst { data: out, offset: i * o * pixels, rs: pixels };
-        let product = Product { m: o, n: pixels, k: depth, a, b, dst, add: bias.is_some(), scale: 1.0, kernel };
+        let dst = Dst { data: out, offset: i * o * pixels, rs: pixels, turned: false };
+        let begin = bias.as_deref().map_or(Begin::Zero, Begin::Rows);
+        let product = Product { m: o, n: pixels, k: depth, a, b, dst, begin, scale: 1.0, kernel };
         // SAFETY: each image has its own places.
         unsafe { product.run(threads) }
     };
@@ -286,11 +283,14 @@ fn input_grad(dy: &Tensor, frozen: &Frozen, o: usize, g: Geometry) -> Result<Ten
         let fill = |k: usize, i: usize, to: &mut [f32]| lines.fill(k, at + i, to);
         let a = lines.plain().map_or(Operand::Across(&fill), |w| Operand::columns(&w[at..], depth));
         let b = Operand::columns(&dyv[i * o * pixels + from..], pixels);
+        // The wider side is the one that is packed in wider strips.
+        let (m, n) = (channels * taps, len);
+        let (m, n, a, b, dst) = if m > n { (n, m, b, a, Dst { turned: true, ..dst }) } else { (m, n, a, b, dst) };
         // SAFETY: the callers give each product its own places.
-        unsafe { Product { m: channels * taps, n: len, k: o, a, b, dst, add: false, scale: 1.0, kernel }.run(threads) }
+        unsafe { Product { m, n, k: o, a, b, dst, begin: Begin::Zero, scale: 1.0, kernel }.run(threads) }
     };
     if g.pointwise() {
-        let dst = |i: usize| Dst { data: out, offset: i * g.c * plane, rs: plane };
+        let dst = |i: usize| Dst { data: out, offset: i * g.c * plane, rs: plane, turned: false };
         each_image(g.n, g.c * pixels * o, |i, threads| product(i, 0, g.c, 0, pixels, dst(i), threads));
     } else {
         // As many groups of channels as give every thread the same number; what they hold does not change the result.
@@ -310,7 +310,7 @@ fn input_grad(dy: &Tensor, frozen: &Frozen, o: usize, g: Geometry) -> Result<Ten
             for from in (0..pixels).step_by(BACK_PIXELS) {
                 let len = BACK_PIXELS.min(pixels - from);
                 columns.resize((channels * taps * len).max(columns.len()), 0.0);
-                let dst = Dst { data: SharedMut::new(columns), offset: 0, rs: len };
+                let dst = Dst { data: SharedMut::new(columns), offset: 0, rs: len, turned: false };
                 product(i, first, channels, from, len, dst, Threads::One);
                 for (plane, lines) in planes.chunks_exact_mut(plane).zip(columns.chunks_exact(taps * len)) {
                     for (tap, line) in lines.chunks_exact(len).enumerate() {

@@ -6,23 +6,41 @@
 //! dealt to threads. It does depend on the CPU's instructions.
 
 use crate::pack::{Operand, SLACK, column_strips, pack, row_strips};
-use crate::tile::{Kernel, Tile, has_bf16, tile};
+use crate::tile::{Kernel, Start, Tile, has_bf16, tile};
 use crate::view::SharedMut;
 use rayon::prelude::*;
 use std::cell::{Cell, RefCell};
 
-/// Steps along k in a block: a strip of columns is then 32 KiB, the first cache.
+/// Steps along k in a block: a strip of columns is then 32 KiB, the first cache (with AVX2 half of that).
 const KC: usize = 256;
-/// Columns and rows of a block, so that both packed operands fit the second cache (1 MiB).
-const NC: usize = 384;
-const MC: usize = 196;
 
-/// Where a product goes: places `offset + i * rs + j` of a shared slice.
+/// Columns and rows of a block, so that both packed operands fit the second cache: 1 MiB where there is AVX-512, 512 KiB elsewhere.
+fn block(kernel: Kernel) -> (usize, usize) {
+    if kernel.avx512() { (384, 196) } else { (256, 192) }
+}
+
+/// Rows of a left operand up to which the sides may change places: the right one is read once for every block of them.
+const SWAP_ROWS: usize = 1024;
+
+/// Where a product goes: places `offset + i * rs + j` of a shared slice, or, `turned`, `offset + j * rs + i`.
 #[derive(Clone, Copy)]
 pub(crate) struct Dst {
     pub data: SharedMut,
     pub offset: usize,
     pub rs: usize,
+    pub turned: bool,
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub(crate) enum Begin<'a> {
+    Zero,
+    /// What is there.
+    Add,
+    /// A number for each row.
+    Rows(&'a [f32]),
+    /// A number for each column.
+    Columns(&'a [f32]),
 }
 
 /// One thread, for use inside parallel loops; or all of them.
@@ -64,7 +82,7 @@ pub(crate) fn kernel() -> Kernel {
     Kernel::f32()
 }
 
-/// `dst (m, n) = [dst +] scale * a (m, k) * b (k, n)`.
+/// `dst (m, n) = begin + scale * a (m, k) * b (k, n)`.
 #[derive(Clone, Copy)]
 pub(crate) struct Product<'a> {
     pub m: usize,
@@ -73,12 +91,17 @@ pub(crate) struct Product<'a> {
     pub a: Operand<'a>,
     pub b: Operand<'a>,
     pub dst: Dst,
-    pub add: bool,
+    pub begin: Begin<'a>,
     pub scale: f32,
     pub kernel: Kernel,
 }
 
 impl Product<'_> {
+    /// Whether the left operand goes to the micro-kernel in lines along k, unpacked.
+    fn in_lines(&self) -> bool {
+        self.kernel.in_place() && matches!(self.a, Operand::Plain { along: 1, .. } | Operand::AlongK(_))
+    }
+
     /// Computes it.
     ///
     /// # Safety
@@ -107,9 +130,10 @@ impl Product<'_> {
         let (rows, columns) = (self.m.div_ceil(self.kernel.rows()), self.n.div_ceil(self.kernel.lanes()));
         // Each part packs its own operands: of all ways to deal, the one that packs least.
         let ways = (1..=most).map(|pm| (pm.min(rows), (most / pm).clamp(1, columns)));
+        let rows_cost = if self.in_lines() && matches!(self.a, Operand::Plain { .. }) { 8 } else { 80 };
         let cost = |&(pm, pn): &(usize, usize)| {
             let uneven = rows.div_ceil(pm) * columns.div_ceil(pn) * self.kernel.rows() * self.kernel.lanes();
-            uneven * 16 + (self.m.div_ceil(pm) + self.n.div_ceil(pn)) * 80
+            uneven * 16 + self.m.div_ceil(pm) * rows_cost + self.n.div_ceil(pn) * 80
         };
         let (pm, pn) = ways.min_by_key(cost).unwrap_or((1, 1));
         let cut = |len: usize, unit: usize, units: usize, parts: usize, p: usize| {
@@ -127,15 +151,23 @@ impl Product<'_> {
     /// # Safety
     /// No other thread touches these places of `dst` meanwhile.
     pub(crate) unsafe fn part(&self, rows: (usize, usize), columns: (usize, usize)) {
-        let (kernel, k) = (self.kernel, self.k);
+        let (kernel, k, dst) = (self.kernel, self.k, self.dst);
         self.a.check(self.m, k);
         self.b.check(self.n, k);
-        let last = (self.m - 1) * self.dst.rs + self.n;
-        let c = self.dst.data.ptr(self.dst.offset, last);
-        let (mc, nc, kc) = ((rows.1 - rows.0).min(MC), (columns.1 - columns.0).min(NC), k.clamp(1, KC));
+        let last = if dst.turned { (self.n - 1) * dst.rs + self.m } else { (self.m - 1) * dst.rs + self.n };
+        let c = dst.data.ptr(dst.offset, last);
+        match self.begin {
+            Begin::Rows(v) => assert_eq!(v.len(), self.m),
+            Begin::Columns(v) => assert_eq!(v.len(), self.n),
+            Begin::Zero | Begin::Add => {}
+        }
+        let in_lines = self.in_lines();
+        let (nc_most, mc_most) = block(kernel);
+        let (mc, nc, kc) = ((rows.1 - rows.0).min(mc_most), (columns.1 - columns.0).min(nc_most), k.clamp(1, KC));
         BUFFERS.with_borrow_mut(|Buffers { packed, scratch }| {
-            let (a_len, b_len) =
-                (kc.next_multiple_of(2) * mc + SLACK, kc.next_multiple_of(2) * nc.next_multiple_of(kernel.lanes()) + SLACK);
+            let kc_padded = kc.next_multiple_of(2);
+            let a_len = kc_padded * if in_lines { kernel.rows() } else { mc } + SLACK;
+            let b_len = kc_padded * nc.next_multiple_of(kernel.lanes()) + SLACK;
             let wants = a_len.next_multiple_of(16) + b_len + 16;
             if packed.len() < wants {
                 packed.resize(wants, 0.0);
@@ -143,34 +175,59 @@ impl Product<'_> {
             let aligned = packed.as_ptr().align_offset(64).min(15);
             let (b_buffer, rest) = packed[aligned..].split_at_mut(b_len.next_multiple_of(16));
             let a_buffer = &mut rest[..a_len];
-            for j0 in (columns.0..columns.1).step_by(NC) {
-                let nc = NC.min(columns.1 - j0);
+            for j0 in (columns.0..columns.1).step_by(nc_most) {
+                let nc = nc_most.min(columns.1 - j0);
                 for k0 in (0..k.max(1)).step_by(KC) {
                     let kc = KC.min(k - k0);
                     let steps = kc.div_ceil(kernel.per_step());
                     let padded = steps * kernel.per_step();
                     pack(kernel, &self.b, column_strips(kernel, nc), j0, (k0, kc), b_buffer, scratch);
-                    for i0 in (rows.0..rows.1).step_by(MC) {
-                        let mc = MC.min(rows.1 - i0);
-                        pack(kernel, &self.a, row_strips(kernel, mc), i0, (k0, kc), a_buffer, scratch);
+                    for i0 in (rows.0..rows.1).step_by(mc_most) {
+                        let mc = mc_most.min(rows.1 - i0);
+                        if !in_lines {
+                            pack(kernel, &self.a, row_strips(kernel, mc), i0, (k0, kc), a_buffer, scratch);
+                        }
                         let mut a_at = 0;
                         for r in row_strips(kernel, mc) {
+                            let first = i0 + r.start;
+                            let (a, line) = match &self.a {
+                                Operand::Plain { data, across, .. } if in_lines && kc > 0 => {
+                                    (data[first * across + k0..].as_ptr(), Some(*across))
+                                }
+                                Operand::AlongK(fill) if in_lines => {
+                                    for (i, to) in a_buffer.chunks_exact_mut(kc.max(1)).take(r.len).enumerate() {
+                                        fill(first + i, k0, to);
+                                    }
+                                    (a_buffer.as_ptr(), Some(kc))
+                                }
+                                _ => (a_buffer[a_at..].as_ptr(), None),
+                            };
                             let mut b_at = 0;
                             for s in column_strips(kernel, nc) {
+                                let start = match self.begin {
+                                    Begin::Add => Start::Add,
+                                    _ if k0 > 0 => Start::Add,
+                                    Begin::Zero => Start::Zero,
+                                    Begin::Rows(v) => Start::Rows(v[first..].as_ptr()),
+                                    Begin::Columns(v) => Start::Columns(v[j0 + s.start..].as_ptr()),
+                                };
                                 let t = Tile {
                                     rows: r.len,
                                     columns: s.len,
                                     lanes: s.width,
                                     steps,
-                                    rs: self.dst.rs,
-                                    add: self.add || k0 > 0,
+                                    line,
+                                    rs: dst.rs,
+                                    turned: dst.turned,
+                                    start,
                                     scale: self.scale,
                                 };
-                                // SAFETY: the packed strips hold what the tile reads; its places lie inside `dst` by the check
-                                // above and are exclusive by the caller's promise.
+                                let (i, j) = (first, j0 + s.start);
+                                // SAFETY: the packed strips, and lines by the check above, hold what the tile reads; its places lie inside
+                                // `dst` by the check above and are exclusive by the caller's promise.
                                 unsafe {
-                                    let c = c.add((i0 + r.start) * self.dst.rs + j0 + s.start);
-                                    tile(kernel, t, a_buffer[a_at..].as_ptr(), b_buffer[b_at..].as_ptr(), c);
+                                    let c = c.add(if dst.turned { j * dst.rs + i } else { i * dst.rs + j });
+                                    tile(kernel, t, a, b_buffer[b_at..].as_ptr(), c);
                                 }
                                 b_at += padded * s.width;
                             }
@@ -185,20 +242,28 @@ impl Product<'_> {
 
 /// `a (m, k) * b (k, n)`, row-major, on all threads.
 pub(crate) fn gemm(m: usize, n: usize, k: usize, a: Operand, b: Operand) -> Vec<f32> {
-    let mut out = Vec::new();
-    gemm_into(m, n, k, &mut out, a, b);
-    out
+    gemm_from(m, n, k, a, b, None)
 }
 
-/// The same added to `out` where that has elements already (a bias in each row).
-pub(crate) fn gemm_into(m: usize, n: usize, k: usize, out: &mut Vec<f32>, a: Operand, b: Operand) {
-    let add = !out.is_empty();
-    let dst = Dst { data: SharedMut::for_vec(out, m * n), offset: 0, rs: n };
+/// The same plus a bias for each column. Where the right operand has more lines than the left one, the sides change places and the
+/// result is turned: the larger operand is then read as it lies, and the smaller one packed.
+pub(crate) fn gemm_from(m: usize, n: usize, k: usize, a: Operand, b: Operand, bias: Option<&[f32]>) -> Vec<f32> {
+    let kernel = kernel();
+    let mut out = Vec::new();
+    let data = SharedMut::for_vec(&mut out, m * n);
+    let swap = n > m && m <= SWAP_ROWS && kernel.in_place() && matches!(b, Operand::Plain { along: 1, .. } | Operand::AlongK(_));
+    let dst = Dst { data, offset: 0, rs: n, turned: swap };
+    let product = if swap {
+        Product { m: n, n: m, k, a: b, b: a, dst, begin: bias.map_or(Begin::Zero, Begin::Rows), scale: 1.0, kernel }
+    } else {
+        Product { m, n, k, a, b, dst, begin: bias.map_or(Begin::Zero, Begin::Columns), scale: 1.0, kernel }
+    };
     // SAFETY: `out` is borrowed exclusively for the call, which writes every element.
     unsafe {
-        Product { m, n, k, a, b, dst, add, scale: 1.0, kernel: kernel() }.run(Threads::All);
+        product.run(Threads::All);
         out.set_len(m * n);
     }
+    out
 }
 
 #[cfg(test)]
@@ -224,6 +289,10 @@ mod tests {
             all.push((Kernel::f32(), 1e-6));
         }
         #[cfg(target_arch = "x86_64")]
+        if Kernel::f32() == Kernel::Avx512 && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            all.push((Kernel::Avx2, 1e-6));
+        }
+        #[cfg(target_arch = "x86_64")]
         if has_bf16() {
             all.push((Kernel::Avx512Bf16, 1e-6));
         }
@@ -246,23 +315,30 @@ mod tests {
             let a_fill = |i: usize, kk: usize, out: &mut [f32]| out.copy_from_slice(&a[i * k + kk..][..out.len()]);
             let b_fill = |kk: usize, j: usize, out: &mut [f32]| out.copy_from_slice(&b[kk * n + j..][..out.len()]);
             let lefts = [Operand::rows(&a, k), Operand::columns(&a_t, m), Operand::AlongK(&a_fill)];
+            let (row_bias, column_bias) = (numbers(m, 5), numbers(n, 6));
             let rights = [Operand::columns(&b, n), Operand::rows(&b_t, k), Operand::Across(&b_fill)];
             for (kernel, tolerance) in kernels() {
                 for (l, left) in lefts.iter().enumerate() {
                     for (r, right) in rights.iter().enumerate() {
-                        let mut out = vec![1f32; m * n];
-                        let dst = Dst { data: SharedMut::new(&mut out), offset: 0, rs: n };
-                        let product = Product { m, n, k, a: *left, b: *right, dst, add: true, scale: 0.5, kernel };
-                        // SAFETY: `out` is this test's own.
-                        unsafe { product.run(Threads::All) };
-                        for (got, want) in out.iter().zip(&wants) {
-                            let want = 1.0 + 0.5 * want;
-                            // Sums of up to 515 products of order one half, in f32.
-                            assert!(
-                                (*got as f64 - want).abs() < tolerance * (k as f64 + 4.0),
-                                "{kernel:?} {l} {r} {:?}: {got}, {want}",
-                                (m, n, k)
-                            );
+                        for (begin, turned) in (0..4).flat_map(|begin| [(begin, false), (begin, true)]) {
+                            let mut out = vec![1f32; m * n];
+                            let dst = Dst { data: SharedMut::new(&mut out), offset: 0, rs: if turned { m } else { n }, turned };
+                            let begins = [Begin::Zero, Begin::Add, Begin::Rows(&row_bias), Begin::Columns(&column_bias)];
+                            let product = Product { m, n, k, a: *left, b: *right, dst, begin: begins[begin], scale: 0.5, kernel };
+                            // SAFETY: `out` is this test's own.
+                            unsafe { product.run(Threads::All) };
+                            for (at, want) in wants.iter().enumerate() {
+                                let (i, j) = (at / n, at % n);
+                                let got = out[if turned { j * m + i } else { at }];
+                                let first = [0.0, 1.0, row_bias[i], column_bias[j]][begin];
+                                let want = first as f64 + 0.5 * want;
+                                // Sums of up to 515 products of order one half, in f32.
+                                assert!(
+                                    (got as f64 - want).abs() < tolerance * (k as f64 + 4.0),
+                                    "{kernel:?} {l} {r} {begin} {turned} {:?}: {got}, {want}",
+                                    (m, n, k)
+                                );
+                            }
                         }
                     }
                 }

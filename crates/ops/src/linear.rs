@@ -1,7 +1,7 @@
 //! The frozen linear layer: an input gradient, never a weight gradient.
 
 use crate::basic::add_over;
-use crate::gemm::{gemm, gemm_into};
+use crate::gemm::{gemm, gemm_from};
 use crate::pack::Operand;
 use crate::tape::{Value, custom};
 use crate::view::{F32, fast, tensor};
@@ -62,14 +62,10 @@ pub fn linear_forward<'a>(x: &Tensor, weight: impl Into<Frozen<'a>>, bias: Optio
     let weight = stored(weight)?;
     let held = Held::new(&Frozen { weight: &weight, delta })?;
     let (xv, lines) = (F32::new(&x)?, held.lines()?);
-    let mut y = match &bias {
-        Some(b) => F32::new(b)?.repeat(n),
-        None => Vec::new(),
-    };
+    let bias = bias.as_ref().map(F32::new).transpose()?;
     let fill = |r: usize, from: usize, to: &mut [f32]| lines.fill(r, from, to);
     let w = lines.plain().map_or(Operand::AlongK(&fill), |w| Operand::rows(w, inner));
-    gemm_into(n, out, inner, &mut y, Operand::rows(&xv, inner), w);
-    tensor(y, shape)
+    tensor(gemm_from(n, out, inner, Operand::rows(&xv, inner), w, bias.as_deref()), shape)
 }
 
 /// `dy (.., out) weight (out, in)`: the gradient of the input. A delta is added to the weight on the way (f32 on the CPU only).

@@ -58,7 +58,7 @@ pub(crate) fn column_strips(kernel: Kernel, len: usize) -> impl Iterator<Item = 
     let lanes = kernel.lanes();
     (0..len).step_by(lanes).map(move |start| {
         let left = (len - start).min(lanes);
-        Strip { start, len: left, width: if left <= lanes / 2 && lanes > 16 { lanes / 2 } else { lanes } }
+        Strip { start, len: left, width: if left <= kernel.narrow() { kernel.narrow() } else { lanes } }
     })
 }
 
@@ -78,10 +78,21 @@ pub(crate) fn pack(
 ) {
     let (k0, kc) = k;
     let padded = kc.next_multiple_of(kernel.per_step());
+    // Lines across the strips are taken a few at a time: they are read in one go, and dealt to the strips while they are in the first cache.
+    const LINES: usize = 8;
     match operand {
+        Operand::Plain { data, across: 1, along } if *along != 1 && kc > 0 => {
+            for from in (0..kc).step_by(LINES) {
+                let count = LINES.min(kc - from);
+                let mut at = 0;
+                for s in strips.clone() {
+                    let data = &data[first + s.start + (k0 + from) * along..];
+                    across(kernel, data, *along, s, count, &mut out[at + from * s.width..]);
+                    at += padded * s.width;
+                }
+            }
+        }
         Operand::Across(fill) => {
-            // A few lines at a time, so that they are dealt to the strips while they are in the first cache.
-            const LINES: usize = 8;
             let len: usize = strips.clone().map(|s| s.len).sum();
             scratch.resize((LINES * len).max(scratch.len()), 0.0);
             for from in (0..kc).step_by(LINES) {
@@ -135,13 +146,18 @@ pub(crate) fn pack(
 
 /// Packs a few lines of one strip, whose elements are neighbours, and writes nothing behind them: other strips are there already.
 fn across(kernel: Kernel, data: &[f32], along: usize, s: Strip, count: usize, out: &mut [f32]) {
-    let _ = kernel;
     #[cfg(target_arch = "x86_64")]
-    if kernel != Kernel::Portable && s.len > 0 {
+    if kernel != Kernel::Portable && s.len > 0 && count > 0 {
         assert!((count - 1) * along + s.len <= data.len() && count * s.width <= out.len());
-        // SAFETY: this kernel is chosen only where the CPU has AVX-512; reads and writes stay inside by the assertion.
-        return unsafe { avx512::copy_exact(data.as_ptr(), along, s, count, out.as_mut_ptr()) };
+        // SAFETY: a kernel is chosen only where the CPU has its instructions; reads and writes stay inside by the assertion.
+        unsafe {
+            if kernel.avx512() {
+                return avx512::copy_exact(data.as_ptr(), along, s, count, out.as_mut_ptr());
+            }
+            return crate::avx2::copy(data.as_ptr(), along, s, count, out.as_mut_ptr());
+        }
     }
+    let _ = kernel;
     for (kk, to) in out.chunks_exact_mut(s.width).take(count).enumerate() {
         to[..s.len].copy_from_slice(&data[kk * along..][..s.len]);
         to[s.len..].fill(0.0);
@@ -156,13 +172,15 @@ fn lines(kernel: Kernel, data: &[f32], across: usize, along: usize, s: Strip, kc
     assert!((s.len - 1) * across + (kc - 1) * along < data.len() && kc * s.width <= out.len());
     #[cfg(target_arch = "x86_64")]
     if kernel != Kernel::Portable && kc * s.width + SLACK <= out.len() {
-        // SAFETY: this kernel is chosen only where the CPU has AVX-512; reads and writes stay inside by the assertions.
+        let (data, out) = (data.as_ptr(), out.as_mut_ptr());
+        // SAFETY: a kernel is chosen only where the CPU has its instructions; reads and writes stay inside by the assertions.
         unsafe {
-            if across == 1 {
-                return avx512::copy(data.as_ptr(), along, s, kc, out.as_mut_ptr());
-            }
-            if along == 1 {
-                return avx512::transpose(data.as_ptr(), across, s, kc, out.as_mut_ptr());
+            match (kernel.avx512(), across, along) {
+                (true, 1, _) => return avx512::copy(data, along, s, kc, out),
+                (true, _, 1) => return avx512::transpose(data, across, s, kc, out),
+                (false, 1, _) => return crate::avx2::copy(data, along, s, kc, out),
+                (false, _, 1) => return crate::avx2::transpose(data, across, s, kc, out),
+                _ => {}
             }
         }
     }
@@ -175,7 +193,7 @@ fn lines(kernel: Kernel, data: &[f32], across: usize, along: usize, s: Strip, kc
 }
 
 #[cfg(target_arch = "x86_64")]
-mod avx512 {
+pub(crate) mod avx512 {
     use super::Strip;
     use std::arch::x86_64::*;
 
@@ -236,7 +254,7 @@ mod avx512 {
     /// The transpose of 16 by 16.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn turn(r: [__m512; 16]) -> [__m512; 16] {
+    pub(crate) fn turn(r: [__m512; 16]) -> [__m512; 16] {
         let z = _mm512_setzero_ps();
         let mut a = [z; 16];
         for i in 0..8 {

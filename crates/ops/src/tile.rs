@@ -1,5 +1,5 @@
-//! Micro-kernels: a tile of a matrix product whose sums stay in registers. One for AVX-512, one that the compiler vectorises
-//! for any other CPU, one for AVX-512 BF16 (products of bf16 pairs, sums in f32). All add along k in ascending order, so
+//! Micro-kernels: a tile of a matrix product whose sums stay in registers. One for AVX-512, one for AVX2 (`avx2.rs`), one that the
+//! compiler vectorises for any other CPU, one for AVX-512 BF16 (products of bf16 pairs, sums in f32). All add along k in ascending order, so
 //! an element's value does not depend on the tile it falls into.
 //!
 //! Operands come packed by `pack.rs`: strips of `rows` (or `lanes`) neighbours, k by k.
@@ -13,6 +13,8 @@ pub(crate) enum Kernel {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
     Portable,
 }
 
@@ -35,19 +37,42 @@ impl Kernel {
             if is_x86_feature_detected!("avx512f") {
                 return Kernel::Avx512;
             }
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                return Kernel::Avx2;
+            }
             Kernel::Portable
         });
         *BEST
     }
 
-    /// Rows of a full tile: with `lanes` columns as many sums as leave registers for the operands.
-    pub(crate) fn rows(self) -> usize {
-        if self == Self::Portable { 6 } else { 14 }
+    /// Whether its vectors have 16 numbers.
+    pub(crate) fn avx512(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 | Self::Avx512Bf16 => true,
+            _ => false,
+        }
     }
 
-    /// Columns of a full tile.
+    /// Rows of a full tile: with `lanes` columns as many sums as leave registers for the operands.
+    pub(crate) fn rows(self) -> usize {
+        if self.avx512() { 14 } else { 6 }
+    }
+
+    /// Columns of a full tile: two vectors.
     pub(crate) fn lanes(self) -> usize {
-        if self == Self::Portable { 16 } else { 32 }
+        if self.avx512() { 32 } else { 16 }
+    }
+
+    /// Columns of a tile at the edge: one vector, if that is enough.
+    pub(crate) fn narrow(self) -> usize {
+        if self == Self::Portable { self.lanes() } else { self.lanes() / 2 }
+    }
+
+    /// Whether the left operand's lines along k are read where they lie.
+    pub(crate) fn in_place(self) -> bool {
+        !self.avx512()
     }
 
     /// Steps along k in one packed row: bf16 comes in pairs.
@@ -60,7 +85,19 @@ impl Kernel {
     }
 }
 
-/// One tile: `c[i * rs + j] = [c +] scale * sum over k of a[k * rows + i] * b[k * lanes + j]`.
+/// What a tile's sums are added to.
+#[derive(Clone, Copy)]
+pub(crate) enum Start {
+    Zero,
+    /// What is there.
+    Add,
+    /// A number for each of the tile's rows.
+    Rows(*const f32),
+    /// A number for each of the tile's columns.
+    Columns(*const f32),
+}
+
+/// One tile: `c[i * rs + j] = start + scale * sum over k of a[k * rows + i] * b[k * lanes + j]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile {
     pub rows: usize,
@@ -68,18 +105,24 @@ pub(crate) struct Tile {
     pub columns: usize,
     pub lanes: usize,
     pub steps: usize,
+    /// The left operand lies in lines along k, so far apart: `a[i * line + k]`. Only where [`Kernel::in_place`].
+    pub line: Option<usize>,
     pub rs: usize,
-    pub add: bool,
+    /// Element (i, j) goes to `c[j * rs + i]`.
+    pub turned: bool,
+    pub start: Start,
     pub scale: f32,
 }
 
 /// Computes a tile.
 ///
 /// # Safety
-/// `a` holds `steps * rows` numbers, `b` `steps * lanes`; `c` is exclusive for `rows` rows of `columns` numbers, `rs` apart; `rows` and
-/// `lanes` are at most the kernel's, and the CPU has its instructions.
+/// `a` holds `steps * rows` numbers, or `rows` lines of `steps`; `b` `steps * lanes`; `c` is exclusive for `rows` rows of `columns`
+/// numbers, `rs` apart (turned: the other way); `start` has a number for each row or column; `rows` and `lanes` are at most the kernel's,
+/// and the CPU has its instructions.
 pub(crate) unsafe fn tile(kernel: Kernel, t: Tile, a: *const f32, b: *const f32, c: *mut f32) {
     debug_assert!(t.rows <= kernel.rows() && t.lanes <= kernel.lanes() && t.columns <= t.lanes);
+    debug_assert!(t.line.is_none() || kernel.in_place());
     // SAFETY: the caller's promises.
     unsafe {
         match kernel {
@@ -87,13 +130,15 @@ pub(crate) unsafe fn tile(kernel: Kernel, t: Tile, a: *const f32, b: *const f32,
             Kernel::Avx512 => avx512::dispatch::<false>(t, a, b, c),
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx512Bf16 => avx512::dispatch::<true>(t, a, b, c),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx2 => crate::avx2::dispatch(t, a, b, c),
             Kernel::Portable => portable::dispatch(t, a, b, c),
         }
     }
 }
 
 mod portable {
-    use super::Tile;
+    use super::{Start, Tile};
 
     const LANES: usize = 16;
 
@@ -123,8 +168,8 @@ mod portable {
         unsafe {
             for k in 0..t.steps {
                 let b = &*b.add(k * LANES).cast::<[f32; LANES]>();
-                let a = &*a.add(k * M).cast::<[f32; M]>();
-                for (sums, a) in sums.iter_mut().zip(a) {
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let a = *a.add(t.line.map_or(k * M + i, |line| i * line + k));
                     for (s, b) in sums.iter_mut().zip(b) {
                         *s += a * b;
                     }
@@ -132,8 +177,14 @@ mod portable {
             }
             for (i, sums) in sums.iter().enumerate() {
                 for (j, s) in sums.iter().take(t.columns).enumerate() {
-                    let c = c.add(i * t.rs + j);
-                    *c = if t.add { *c + t.scale * s } else { t.scale * s };
+                    let c = c.add(if t.turned { j * t.rs + i } else { i * t.rs + j });
+                    let old = match t.start {
+                        Start::Zero => 0.0,
+                        Start::Add => *c,
+                        Start::Rows(p) => *p.add(i),
+                        Start::Columns(p) => *p.add(j),
+                    };
+                    *c = old + t.scale * s;
                 }
             }
         }
@@ -142,7 +193,7 @@ mod portable {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::Tile;
+    use super::{Start, Tile};
     use std::arch::x86_64::*;
 
     pub(super) unsafe fn dispatch<const BF16: bool>(t: Tile, a: *const f32, b: *const f32, c: *mut f32) {
@@ -150,9 +201,15 @@ mod avx512 {
             ($($m:literal)*) => {
                 // SAFETY: the promises of `tile`.
                 unsafe {
-                    match (t.rows, t.lanes, BF16) {
-                        $(($m, 32, false) => run::<$m, 2>(t, a, b, c), ($m, _, false) => run::<$m, 1>(t, a, b, c),)*
-                        $(($m, 32, true) => run_bf16::<$m, 2>(t, a, b, c), ($m, _, true) => run_bf16::<$m, 1>(t, a, b, c),)*
+                    match (t.rows, t.lanes, BF16, t.line) {
+                        $(
+                            ($m, 32, false, None) => run::<$m, 2, true>(t, $m, a, b, c),
+                            ($m, _, false, None) => run::<$m, 1, true>(t, $m, a, b, c),
+                            ($m, 32, false, Some(line)) => run::<$m, 2, false>(t, line, a, b, c),
+                            ($m, _, false, Some(line)) => run::<$m, 1, false>(t, line, a, b, c),
+                            ($m, 32, true, _) => run_bf16::<$m, 2>(t, a, b, c),
+                            ($m, _, true, _) => run_bf16::<$m, 1>(t, a, b, c),
+                        )*
                         _ => unreachable!("a tile of {} rows", t.rows),
                     }
                 }
@@ -161,8 +218,15 @@ mod avx512 {
         by_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
     }
 
+    /// `PACKED`: the left operand lies k by k, `M` numbers each; else in `M` lines, `line` apart.
     #[target_feature(enable = "avx512f")]
-    unsafe fn run<const M: usize, const V: usize>(t: Tile, mut a: *const f32, mut b: *const f32, c: *mut f32) {
+    unsafe fn run<const M: usize, const V: usize, const PACKED: bool>(
+        t: Tile,
+        line: usize,
+        mut a: *const f32,
+        mut b: *const f32,
+        c: *mut f32,
+    ) {
         let mut sums = [[_mm512_setzero_ps(); V]; M];
         // SAFETY: the promises of `tile`.
         unsafe {
@@ -172,15 +236,15 @@ mod avx512 {
                     *x = _mm512_loadu_ps(b.add(16 * v));
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*a.add(i));
+                    let x = _mm512_set1_ps(*a.add(if PACKED { i } else { i * line }));
                     for (s, b) in sums.iter_mut().zip(&bs) {
                         *s = _mm512_fmadd_ps(x, *b, *s);
                     }
                 }
-                a = a.add(M);
+                a = a.add(if PACKED { M } else { 1 });
                 b = b.add(16 * V);
             }
-            store::<M, V>(t, &sums, c);
+            if t.turned { store_turned::<M, V>(t, &sums, c) } else { store::<M, V>(t, &sums, c) }
         }
     }
 
@@ -204,7 +268,7 @@ mod avx512 {
                 a = a.add(M);
                 b = b.add(16 * V);
             }
-            store::<M, V>(t, &sums, c);
+            if t.turned { store_turned::<M, V>(t, &sums, c) } else { store::<M, V>(t, &sums, c) }
         }
     }
 
@@ -214,15 +278,51 @@ mod avx512 {
         let scale = _mm512_set1_ps(t.scale);
         for (i, sums) in sums.iter().enumerate() {
             for (v, s) in sums.iter().enumerate() {
-                let left = t.columns.saturating_sub(16 * v).min(16);
-                let mask = ((1u32 << left) - 1) as __mmask16;
-                // SAFETY: the mask keeps within the row's columns.
+                let mask = mask(t.columns.saturating_sub(16 * v));
+                let column = (16 * v).min(t.columns);
+                // SAFETY: the mask keeps within the row's columns; a start has a number for each row or column.
                 unsafe {
-                    let at = c.add(i * t.rs + (16 * v).min(t.columns));
-                    let old = if t.add { _mm512_maskz_loadu_ps(mask, at) } else { _mm512_setzero_ps() };
+                    let at = c.add(i * t.rs + column);
+                    let old = match t.start {
+                        Start::Zero => _mm512_setzero_ps(),
+                        Start::Add => _mm512_maskz_loadu_ps(mask, at),
+                        Start::Rows(p) => _mm512_set1_ps(*p.add(i)),
+                        Start::Columns(p) => _mm512_maskz_loadu_ps(mask, p.add(column)),
+                    };
                     _mm512_mask_storeu_ps(at, mask, _mm512_fmadd_ps(scale, *s, old));
                 }
             }
         }
+    }
+
+    /// The tile's rows become columns: element (i, j) goes to `j * rs + i`.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn store_turned<const M: usize, const V: usize>(t: Tile, sums: &[[__m512; V]; M], c: *mut f32) {
+        let (scale, mask) = (_mm512_set1_ps(t.scale), mask(M));
+        for v in 0..V {
+            let mut r = [_mm512_setzero_ps(); 16];
+            for (r, s) in r.iter_mut().zip(sums) {
+                *r = s[v];
+            }
+            for (j, r) in crate::pack::avx512::turn(r).iter().enumerate().take(t.columns.saturating_sub(16 * v)) {
+                let column = 16 * v + j;
+                // SAFETY: M numbers of a line of the result; a start has a number for each row or column.
+                unsafe {
+                    let at = c.add(column * t.rs);
+                    let old = match t.start {
+                        Start::Zero => _mm512_setzero_ps(),
+                        Start::Add => _mm512_maskz_loadu_ps(mask, at),
+                        Start::Rows(p) => _mm512_maskz_loadu_ps(mask, p),
+                        Start::Columns(p) => _mm512_set1_ps(*p.add(column)),
+                    };
+                    _mm512_mask_storeu_ps(at, mask, _mm512_fmadd_ps(scale, *r, old));
+                }
+            }
+        }
+    }
+
+    fn mask(len: usize) -> __mmask16 {
+        ((1u32 << len.min(16)) - 1) as __mmask16
     }
 }

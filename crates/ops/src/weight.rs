@@ -122,12 +122,24 @@ impl Lines<'_> {
     pub(crate) fn fill(&self, r: usize, from: usize, out: &mut [f32]) {
         let at = r * self.row + from;
         self.prefetch(at + AHEAD * self.row, out.len());
-        match &self.stored {
-            Stored::F32(v) => out.copy_from_slice(&v[at..at + out.len()]),
-            Stored::F16(v) => v[at..at + out.len()].convert_to_f32_slice(out),
-            Stored::Bf16(v) => widen_bf16(&v[at..at + out.len()], out),
-        }
-        let Some((w1, w2)) = self.delta else { return };
+        // Copied on the way where that is all that is done to it; what is narrower is widened first.
+        let base = match &self.stored {
+            Stored::F32(v) => Some(&v[at..at + out.len()]),
+            Stored::F16(v) => {
+                v[at..at + out.len()].convert_to_f32_slice(out);
+                None
+            }
+            Stored::Bf16(v) => {
+                widen_bf16(&v[at..at + out.len()], out);
+                None
+            }
+        };
+        let Some((w1, w2)) = self.delta else {
+            if let Some(base) = base {
+                out.copy_from_slice(base);
+            }
+            return;
+        };
         let [b, c, inner] = self.sizes;
         let (w1, w2) = (&w1[r / c * b..][..b], &w2[r % c * inner..][..inner]);
         simd(
@@ -137,8 +149,15 @@ impl Lines<'_> {
                 while done < out.len() {
                     let run = (inner - q).min(out.len() - done);
                     let k = w1[j];
-                    for (o, v) in out[done..done + run].iter_mut().zip(&w2[q..q + run]) {
-                        *o += k * v;
+                    let (out, w2) = (&mut out[done..done + run], &w2[q..q + run]);
+                    if let Some(base) = base {
+                        for ((o, x), v) in out.iter_mut().zip(&base[done..done + run]).zip(w2) {
+                            *o = x + k * v;
+                        }
+                    } else {
+                        for (o, v) in out.iter_mut().zip(w2) {
+                            *o += k * v;
+                        }
                     }
                     done += run;
                     (j, q) = (j + 1, 0);

@@ -1,23 +1,10 @@
 //! Every op in f16 and bf16, forward and backward, against f32 on the same rounded inputs.
 
-use candle_core::{DType, Device, Result, Tensor};
-use ops::{Parameter, Value};
+mod common;
 
-fn randn(shape: &[usize], seed: u64) -> Tensor {
-    let n: usize = shape.iter().product();
-    let mut s = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-    let data: Vec<f32> = (0..n)
-        .map(|_| {
-            let mut sum = 0f32;
-            for _ in 0..4 {
-                s = s.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                sum += (s >> 40) as f32 / (1u64 << 24) as f32 - 0.5;
-            }
-            sum * 1.7
-        })
-        .collect();
-    Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
-}
+use candle_core::{DType, Device, Result, Tensor};
+use common::randn;
+use ops::{Parameter, Value};
 
 fn flat(t: &Tensor) -> Vec<f32> {
     t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()

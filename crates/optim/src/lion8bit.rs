@@ -8,6 +8,9 @@
 //! Blocks are independent; the result does not depend on threads or device. Gradients must be finite (the trainer skips a
 //! step otherwise): an infinite or NaN one spoils its block's momentum.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+
 use rayon::prelude::*;
 
 use crate::lion::{self, LionRule};
@@ -73,6 +76,24 @@ impl Lion8bit {
 }
 
 fn piece(map: &DynamicMap, rule: &LionRule, p: &mut [f32], g: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    let (p, g, codes, absmax) = {
+        if is_x86_feature_detected!("avx2") {
+            let whole = p.len() / BLOCK;
+            let ((p, p_rest), (g, g_rest)) = (p.split_at_mut(whole * BLOCK), g.split_at(whole * BLOCK));
+            let ((codes, codes_rest), (absmax, absmax_rest)) = (codes.split_at_mut(whole * BLOCK), absmax.split_at_mut(whole));
+            // SAFETY: the CPU has AVX2.
+            unsafe { avx2::blocks(map, rule, p, g, codes, absmax) };
+            (p_rest, g_rest, codes_rest, absmax_rest)
+        } else {
+            (p, g, codes, absmax)
+        }
+    };
+    plain(map, rule, p, g, codes, absmax);
+}
+
+/// [`piece`] on any CPU.
+fn plain(map: &DynamicMap, rule: &LionRule, p: &mut [f32], g: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
     let blocks = p.chunks_mut(BLOCK).zip(g.chunks(BLOCK)).zip(codes.chunks_mut(BLOCK)).zip(absmax);
     for (((p, g), codes), absmax) in blocks {
         *absmax = block(map, rule, p, g, codes, *absmax);
@@ -121,6 +142,30 @@ pub fn reference(rule: &LionRule, p: &mut [f32], g: &[f32], codes: &mut [u8], ab
         *absmax = m.iter().fold(missing, |largest, m| largest.max(m.abs()));
         for (i, m) in elements.zip(m) {
             codes[i] = if *absmax == 0.0 { 0 } else { reference_code(values, m / *absmax) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The public step is held against the reference elsewhere; here the plain form is, which a CPU with AVX2 does not take.
+    #[test]
+    fn the_plain_form_equals_the_one_of_this_cpu() {
+        let n = 5 * BLOCK + 7;
+        let numbers = |seed: u32| -> Vec<f32> {
+            (0..n as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) as i32 as f32) * 10f32.powi(-((i % 11) as i32) - 6)).collect()
+        };
+        let rule = LionRule::new((0.9, 0.95), 0.1, 1e-3);
+        let start = || (numbers(1), vec![0u8; n], vec![0f32; n.div_ceil(BLOCK)]);
+        let ((mut p, mut codes, mut absmax), (mut q, mut other_codes, mut other_absmax)) = (start(), start());
+        for step in 0..6 {
+            let g = if step < 4 { numbers(100 + step) } else { vec![0.0; n] };
+            piece(dynamic_map(), &rule, &mut p, &g, &mut codes, &mut absmax);
+            plain(dynamic_map(), &rule, &mut q, &g, &mut other_codes, &mut other_absmax);
+            assert!(p.iter().zip(&q).all(|(a, b)| a.to_bits() == b.to_bits()), "step {step}");
+            assert_eq!((&codes, &absmax), (&other_codes, &other_absmax), "step {step}");
         }
     }
 }

@@ -17,9 +17,9 @@ const RANKS: usize = 128;
 /// Mantissa bits that are cut off to find a value's bucket. Its sign, exponent and six mantissa bits stay: that makes a
 /// bucket of the topmost octave 1/128 wide, less than the 9/640 between neighbouring codes there, so a bucket holds at
 /// most one threshold.
-const SHIFT: u32 = 17;
+pub(crate) const SHIFT: u32 = 17;
 /// The bits cut off: a value's place in its bucket. As a threshold it is never passed.
-const PLACE: u32 = (1 << SHIFT) - 1;
+pub(crate) const PLACE: u32 = (1 << SHIFT) - 1;
 /// One bucket for each value of the bits that stay.
 const BUCKETS: usize = 1 << (32 - SHIFT);
 
@@ -66,11 +66,17 @@ impl DynamicMap {
         Self { values, buckets }
     }
 
+    /// The entry of a bucket: of a number's bits above [`SHIFT`].
+    #[inline(always)]
+    pub(crate) fn bucket(&self, top: u32) -> u32 {
+        self.buckets[top as usize % BUCKETS]
+    }
+
     /// The code of `x` in -1..=1: the nearest value's, by the rules of [`reference()`]. A NaN gets some code.
     #[inline(always)]
     pub fn code(&self, x: f32) -> u8 {
         let bits = x.to_bits();
-        let bucket = self.buckets[(bits >> SHIFT) as usize];
+        let bucket = self.bucket(bits >> SHIFT);
         let beyond = u32::from(bits & PLACE > bucket >> 8);
         // Beyond the threshold comes the upper code of a positive bucket and the lower one of a negative: no branch, for
         // one on the sign is mispredicted half of the time.

@@ -46,13 +46,7 @@ impl Outputs {
         Ok(Self {
             metrics: Metrics::new(&config.output.dir),
             requests: config.sample.prompts.iter().map(|p| Request::of(&config.sample, p)).collect(),
-            objective: Objective {
-                schedule: config.noise_schedule(),
-                loss: config.loss(),
-                prediction: config.prediction(),
-                gradient_checkpointing: GradientCheckpointing::None,
-                train_text_encoder: false,
-            },
+            objective: Objective { gradient_checkpointing: GradientCheckpointing::None, ..Objective::new(config, &[]) },
             config: config.clone(),
             tokenizer,
             validation,

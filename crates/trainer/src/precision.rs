@@ -1,13 +1,15 @@
 //! Mixed precision: in which types a run computes and keeps the base model, and the dynamic loss scale of f16.
 //!
 //! Activations and the base model's weights are of the compute type; norms' statistics, softmax, activation functions, the timestep
-//! embedding, the loss, the adapter, its gradients and the optimizer are f32, and so is the VAE.
+//! embedding, the loss, the adapter, its gradients and the optimizer are f32, and so is the VAE. With `train.compute = "bf16"` all is
+//! f32 but the operands of products while they are multiplied.
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use optim::{LossScaler, ScalerConfig, ScalerState};
 
 use crate::checkpoint::RunState;
-use crate::config::{MixedPrecision, RunConfig, TrainConfig};
+use crate::config::{Compute, MixedPrecision, RunConfig, TrainConfig};
+use crate::error::{Error, Result};
 
 /// The type of activations, and of the base model's weights where the recipe asks for no other.
 pub fn compute_type(train: &TrainConfig) -> DType {
@@ -30,6 +32,29 @@ pub fn weight_types(config: &RunConfig) -> (Option<DType>, Option<DType>) {
     }
 }
 
+/// Refuses `train.compute = "bf16"` where the run would not do it: on a GPU, and on a CPU without instructions for it.
+///
+/// # Errors
+/// If so, with the way out.
+pub fn check_compute(train: &TrainConfig, device: &Device) -> Result<()> {
+    if train.compute == Compute::Float {
+        return Ok(());
+    }
+    if !device.is_cpu() {
+        return Err(Error::refused(
+            "train.compute = \"bf16\" is of the CPU, and this run computes on a GPU",
+            "set train.mixed_precision = \"bf16\" in place of it, or train.device = \"cpu\"",
+        ));
+    }
+    if !ops::has_bf16() {
+        return Err(Error::refused(
+            "train.compute = \"bf16\": this CPU has no instructions that multiply bf16 (AVX-512 BF16)",
+            "set train.compute = \"float\"",
+        ));
+    }
+    Ok(())
+}
+
 /// Name of a type in messages.
 pub fn type_name(dtype: DType) -> &'static str {
     match dtype {
@@ -41,7 +66,10 @@ pub fn type_name(dtype: DType) -> &'static str {
 
 /// Compute type, and what part of the base model is kept in 8 bits.
 pub fn describe(config: &RunConfig) -> String {
-    let name = type_name(compute_type(&config.train));
+    let name = match config.train.compute {
+        Compute::Float => type_name(compute_type(&config.train)),
+        Compute::Bf16 => "f32, products of bf16",
+    };
     match (config.train.fp8_base, config.train.fp8_base_unet) {
         (true, _) => format!("{name}, base weights e4m3"),
         (false, true) => format!("{name}, weights of the base UNet e4m3"),
@@ -124,6 +152,19 @@ mod tests {
         assert_eq!(judge(&mut s, 0.5, f64::NAN), Verdict::Overflow);
         assert_eq!(judge(&mut s, 0.5, f64::NAN), Verdict::NotFinite);
         assert_eq!(loss_scale(&s), 1.0);
+    }
+
+    #[test]
+    fn products_of_bf16_are_refused_where_they_cannot_be_had() {
+        let train = |compute| TrainConfig { compute, ..TrainConfig::default() };
+        assert!(check_compute(&train(Compute::Float), &Device::Cpu).is_ok());
+        match check_compute(&train(Compute::Bf16), &Device::Cpu) {
+            Ok(()) => assert!(ops::has_bf16()),
+            Err(error) => {
+                assert!(!ops::has_bf16() && error.to_string().contains("AVX-512 BF16"), "{error}");
+                assert_eq!(error.hint().as_deref(), Some("set train.compute = \"float\""));
+            }
+        }
     }
 
     #[test]

@@ -70,7 +70,9 @@ pub fn open(config: &RunConfig, observe: &mut Observer) -> Result<Sources> {
     observe(Event::Note(report.to_string().trim_end().to_string()));
 
     let checkpoint = base::open_checkpoint(&config.model, config.train.compat == Some(Compat::SdScripts))?;
-    let checkpoint = checkpoint.with_device(device::choose(config.train.device)?);
+    let device = device::choose(config.train.device)?;
+    precision::check_compute(&config.train, &device)?;
+    let checkpoint = checkpoint.with_device(device);
     let hash = checkpoint.hash()?;
     let left_out = report.broken_images.count + report.broken_captions.count;
     Ok(Sources { dataset, checkpoint, hash, left_out })

@@ -8,7 +8,7 @@ use optim::{Optimizer, clip};
 use sdxl::conditioning::added_condition;
 use sdxl::{GradientCheckpointing, Sdxl};
 
-use crate::config::RunConfig;
+use crate::config::{Compute, RunConfig};
 use crate::error::Result;
 
 /// What one forward pass takes.
@@ -47,6 +47,8 @@ pub struct Objective {
     pub prediction: Prediction,
     /// Which activations are computed again in the backward pass.
     pub gradient_checkpointing: GradientCheckpointing,
+    /// Whether products are those of bf16 (`train.compute`).
+    pub bf16: bool,
     /// Whether the text encoders are trained; if not, they run without recording.
     pub train_text_encoder: bool,
 }
@@ -59,6 +61,7 @@ impl Objective {
             loss: config.loss(),
             prediction: config.prediction(),
             gradient_checkpointing: config.train.gradient_checkpointing,
+            bf16: config.train.compute == Compute::Bf16,
             train_text_encoder: trained.iter().any(|t| t.group.is_text_encoder()),
         }
     }
@@ -83,6 +86,10 @@ pub struct Forward {
 /// # Errors
 /// If shapes do not fit.
 pub fn forward(model: &Sdxl, objective: &Objective, batch: &MicroBatch) -> Result<Forward> {
+    ops::with_bf16(objective.bf16, || forward_in(model, objective, batch))
+}
+
+fn forward_in(model: &Sdxl, objective: &Objective, batch: &MicroBatch) -> Result<Forward> {
     let checkpointing = objective.gradient_checkpointing;
     let encode = || model.encode_text(&batch.ids[0], &batch.ids[1], batch.chunks, None, checkpointing);
     let text = if objective.train_text_encoder { encode()? } else { ops::no_grad(encode)? };
@@ -107,7 +114,8 @@ pub fn micro_step(model: &Sdxl, objective: &Objective, batch: &MicroBatch, share
     let forward = forward(model, objective, batch)?;
     // A loss that is no number has no gradient worth adding; the caller sees it and withholds the step.
     if forward.loss.is_finite() {
-        ops::backward_with(vec![(forward.prediction, (forward.gradient * share)?)], on_gradient)?;
+        let root = vec![(forward.prediction, (forward.gradient * share)?)];
+        ops::with_bf16(objective.bf16, || ops::backward_with(root, on_gradient))?;
     }
     Ok(forward.per_sample)
 }

@@ -1,6 +1,9 @@
-//! Which keys of two recipes differ in what changes the result of a run.
+//! Which keys of two recipes differ in what changes the result of a run. A key that one of them lacks has its default there: a
+//! checkpoint of before there was the key can be gone on from.
 
 use toml::{Table, Value};
+
+use crate::config::catalog;
 
 /// Keys that may change at a resume: they decide what is shown or kept, or how long and how fast it runs, but not what a step does.
 const FREE: &[&str] = &[
@@ -50,6 +53,12 @@ pub fn differences(then: &str, now: &str) -> Vec<String> {
     found
 }
 
+/// What `section.key` is where a recipe says nothing.
+fn default(path: &str) -> Option<Value> {
+    let (section, key) = path.rsplit_once('.')?;
+    catalog().into_iter().find(|s| s.name == section)?.keys.into_iter().find(|k| k.name == key)?.default
+}
+
 fn line(key: &str, a: Option<&Value>, b: Option<&Value>) -> String {
     let show = |v: Option<&Value>| v.map_or_else(|| "absent".to_string(), Value::to_string);
     format!("{key}: {} -> {}", show(a), show(b))
@@ -76,6 +85,7 @@ fn compare(key: &str, a: &Value, b: &Value, found: &mut Vec<String>) {
         }
         match (x.get(name), y.get(name)) {
             (Some(a), Some(b)) => compare(&path, a, b, found),
+            (Some(one), None) | (None, Some(one)) if default(&path).as_ref() == Some(one) => {}
             (a, b) => found.push(line(&path, a, b)),
         }
     }
@@ -101,6 +111,14 @@ mod tests {
         let subsets = "[[dataset.subsets]]\nkeep_tokens = 1\n[[dataset.subsets]]\nkeep_tokens = 2\n";
         assert_eq!(differences(subsets, &subsets.replace("= 2", "= 3")), ["dataset.subsets[1].keep_tokens: 2 -> 3"]);
         assert_eq!(differences(subsets, &format!("{subsets}[[dataset.subsets]]\n")).len(), 1);
+    }
+
+    #[test]
+    fn a_key_that_is_newer_than_the_checkpoint_had_its_default_there() {
+        let then = format!("[network]\nfactor = 8\n{BASE}");
+        let now = |forward: &str| then.replace("factor = 8", &format!("factor = 8\nforward = \"{forward}\""));
+        assert!(differences(&then, &now("auto")).is_empty());
+        assert_eq!(differences(&then, &now("merged")), ["network.forward: absent -> \"merged\""]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::error::Problem;
 use super::key::Setting;
 use super::read::written;
 use super::sections::{PromptConfig, WeightDtype};
-use super::train::{MixedPrecision, TrainConfig};
+use super::train::{Compute, DeviceChoice, MixedPrecision, TrainConfig};
 use super::{RunConfig, StepCount};
 
 /// Collects problems.
@@ -138,6 +138,18 @@ impl RunConfig {
             scale,
             precision,
             "remove it, or set train.mixed_precision = \"fp16\"",
+        );
+        report.no_effect(
+            t.compute == Compute::Float || t.mixed_precision == MixedPrecision::No,
+            ("train.compute", &t.compute),
+            precision,
+            "remove one of them: train.mixed_precision for a GPU, train.compute for a CPU",
+        );
+        report.require(
+            t.compute == Compute::Float || t.device != DeviceChoice::Cuda,
+            &["train.compute", "train.device"],
+            "train.compute = \"bf16\" is of the CPU, train.device = \"cuda\" is not",
+            "set train.mixed_precision = \"bf16\" in place of train.compute",
         );
         let auto = self.model.weight_dtype == WeightDtype::Auto;
         report.require(

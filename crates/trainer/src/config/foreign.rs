@@ -12,7 +12,7 @@ pub(super) const WITHOUT_COUNTERPART: &[(&str, &str)] = &[
     ("dropout", "remove it: LoKr ignores it outside of bypass mode"),
     ("rank_dropout", "not supported"),
     ("module_dropout", "not supported"),
-    ("bypass_mode", "remove it: the faster of the two forms is chosen for each layer"),
+    ("bypass_mode", "remove it: the faster of the two forms is chosen for each layer; network.forward = \"factored\" forces this one"),
     ("disable_conv_cp", "remove it, or write network.use_tucker"),
     ("dora_wd", "not supported"),
     ("wd_on_output", "not supported, as DoRA is not"),

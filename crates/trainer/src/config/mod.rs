@@ -34,9 +34,9 @@ pub use self::error::{ConfigError, Fault, Place, Problem};
 pub use self::key::{Key, Origin, Section, Setting};
 pub use self::render::{reference, template};
 pub use self::sections::{
-    ModelConfig, NetworkConfig, OutputConfig, PromptConfig, Resume, SampleConfig, SavePrecision, ValidationConfig, WeightDtype,
+    ForwardPath, ModelConfig, NetworkConfig, OutputConfig, PromptConfig, Resume, SampleConfig, SavePrecision, ValidationConfig, WeightDtype,
 };
-pub use self::train::{Compat, DeviceChoice, MixedPrecision, OnNonFinite, StepCount, TextEncoderLr, TrainConfig};
+pub use self::train::{Compat, Compute, DeviceChoice, MixedPrecision, OnNonFinite, StepCount, TextEncoderLr, TrainConfig};
 
 /// A recipe, read and complete: every key has its value.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -96,6 +96,7 @@ impl RunConfig {
             rs_lora: n.rs_lora,
             unbalanced_factorization: n.unbalanced_factorization,
             train_norm: n.train_norm,
+            path: n.forward.path(),
             seed: self.train.seed,
             ..lokr::NetworkConfig::new(preset)
         }
@@ -183,5 +184,23 @@ impl RunConfig {
             what: format!("network.{part} = true, but {key} = \"{}\" names no module of that part", n.preset),
             way_out: format!("set network.{part} = false, or choose a preset with modules for it"),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ForwardPath;
+
+    #[test]
+    fn the_forward_path_can_be_forced() {
+        let path = |forward: ForwardPath| {
+            let mut config = RunConfig::default();
+            config.network.forward = forward;
+            config.adapter(Preset::load("full").expect("built in")).path
+        };
+        assert_eq!(path(ForwardPath::Auto), None);
+        assert_eq!(path(ForwardPath::Merged), Some(lokr::functional::Path::Merged));
+        assert_eq!(path(ForwardPath::Factored), Some(lokr::functional::Path::Factored));
     }
 }

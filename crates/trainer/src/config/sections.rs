@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use candle_core::DType;
 use diffusion::{Sampler, Spacing};
+use lokr::functional::Path;
 use toml::{Table, Value};
 
 use super::key::{Section, Setting, choice, section};
@@ -31,6 +32,29 @@ impl WeightDtype {
             Self::Float => Some(DType::F32),
             Self::Fp16 => Some(DType::F16),
             Self::Bf16 => Some(DType::BF16),
+        }
+    }
+}
+
+choice! {
+    /// How the forward pass and the input gradient of adapted layers are computed.
+    ForwardPath {
+        /// For each layer the cheaper one.
+        Auto = "auto",
+        /// One product with W + delta.
+        Merged = "merged",
+        /// The product with W, plus the chain through both factors.
+        Factored = "factored",
+    }
+}
+
+impl ForwardPath {
+    /// The path of every layer; `None`: chosen for each.
+    pub fn path(self) -> Option<Path> {
+        match self {
+            Self::Auto => None,
+            Self::Merged => Some(Path::Merged),
+            Self::Factored => Some(Path::Factored),
         }
     }
 }
@@ -91,6 +115,10 @@ section! {
         unbalanced_factorization: bool = false, same;
         /// Train the norms inside the adapted blocks as well.
         train_norm: bool = false, same;
+        /// How adapted layers are computed. "merged": one product with W + delta, as in LyCORIS. "factored": the product with W, plus the chain
+        /// through both factors (LyCORIS' `bypass_mode`). "auto": for each layer the faster one; `lokr plan` shows which. The function is
+        /// the same; in half precision only "factored", which "auto" takes there, keeps a delta that W + delta would round away.
+        forward: ForwardPath = ForwardPath::Auto, ours;
         /// Start from the values of this LoKr file.
         weights: Option<PathBuf> = None, sd("network_weights");
         /// Adapt the UNet.

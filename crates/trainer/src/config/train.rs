@@ -20,6 +20,16 @@ choice! {
 }
 
 choice! {
+    /// Type of the factors of matrix products on the CPU, where the rest is f32.
+    Compute {
+        /// f32.
+        Float = "float",
+        /// bf16, their sums in f32.
+        Bf16 = "bf16",
+    }
+}
+
+choice! {
     /// Where a run computes.
     DeviceChoice {
         /// The GPU of this process where the program was built for GPUs and there is one, else the CPU.
@@ -162,6 +172,10 @@ section! {
         /// Number format of the forward and backward pass, and of the base model's weights unless `model.weight_dtype` gives another. The adapter, its gradients, norms, softmax, loss and
         /// the VAE are f32 in any case. "fp16" scales the loss.
         mixed_precision: MixedPrecision = MixedPrecision::No, same;
+        /// On a CPU that multiplies bf16 (AVX-512 BF16) "bf16" rounds the operands of matrix products, convolutions and attention to bf16 and adds
+        /// their products up in f32: about twice as fast. Everything that is kept stays f32, and so do previews and the VAE. On a GPU
+        /// `mixed_precision` does this.
+        compute: Compute = Compute::Float, ours;
         /// Only with `mixed_precision = "fp16"`: what the loss is multiplied by at first. The scale halves at each step whose gradient
         /// overflows, which skips that step, and doubles after 2000 good ones.
         initial_loss_scale: f64 = 65536.0, ours;

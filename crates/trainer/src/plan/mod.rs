@@ -62,6 +62,8 @@ pub struct Planned {
     pub parameters: usize,
     /// How it is computed; `None` for norms and for layers that the loss does not depend on.
     pub path: Option<Path>,
+    /// Rows of its product: samples times tokens or output pixels; `None` where `path` is.
+    pub rows: Option<u64>,
 }
 
 /// Memory by kind, in bytes, at the moment of the peak.
@@ -119,6 +121,8 @@ pub struct Plan {
 struct Model {
     sdxl: Sdxl,
     modules: Vec<PlannedModule>,
+    /// Every module by this path.
+    path: Option<Path>,
 }
 
 impl Model {
@@ -135,7 +139,9 @@ impl Model {
         let mut layers = layers(self.tree(group));
         for (id, module) in self.modules.iter().enumerate().filter(|(_, m)| m.group == group) {
             let (sides, path) = match &module.kind {
-                PlannedKind::Lokr { shape, bypass, .. } => ([shape.a, shape.b, shape.c, shape.d], bypass.then_some(Path::Factored)),
+                PlannedKind::Lokr { shape, bypass, .. } => {
+                    ([shape.a, shape.b, shape.c, shape.d], self.path.or(bypass.then_some(Path::Factored)))
+                }
                 PlannedKind::Norm(_) => ([1; 4], None),
             };
             if let Some(layer) = layers.get_mut(&module.path) {
@@ -180,16 +186,17 @@ pub fn plan(config: &RunConfig, request: &Request) -> Result<Plan> {
     config.check().map_err(ConfigError::Problems)?;
     let mut notes = Vec::new();
     let checkpoint = checkpoint(config, &mut notes)?;
-    let sdxl = Sdxl::load(&checkpoint, config.model.weight_dtype.dtype())?;
+    let sdxl = base::load_for_training(config, &checkpoint)?;
     let adapted = |group| base::learning_rate(config, group) > 0.0;
     let trees = Trees {
         te1: adapted(ParameterGroup::TextEncoder1).then_some(&sdxl.te1.tree),
         te2: adapted(ParameterGroup::TextEncoder2).then_some(&sdxl.te2.tree),
         unet: adapted(ParameterGroup::Unet).then_some(&sdxl.unet.tree),
     };
-    let (modules, unmatched) = lokr::plan(&config.adapter(Preset::load(&config.network.preset)?), trees)?;
+    let adapter = config.adapter(Preset::load(&config.network.preset)?);
+    let (modules, unmatched) = lokr::plan(&adapter, trees)?;
     notes.extend(unmatched.iter().map(|p| format!("the preset's {p} matches nothing in this model")));
-    let model = Model { sdxl, modules };
+    let model = Model { sdxl, modules, path: adapter.path };
     let (largest, timeline) = data(config, &mut notes)?;
     let half = config.train.mixed_precision != MixedPrecision::No;
     let speed = request.device.speed(half, request.tflops, request.bandwidth)?;
@@ -198,10 +205,9 @@ pub fn plan(config: &RunConfig, request: &Request) -> Result<Plan> {
     let parameters = model.modules.iter().map(PlannedModule::parameters).sum();
     let size = if config.output.save_precision == SavePrecision::Float { 4 } else { 2 };
     let alphas = model.modules.iter().filter(|m| matches!(m.kind, PlannedKind::Lokr { .. })).count();
-    let modules = model.modules.iter().map(|m| Planned {
-        parameters: m.parameters(),
-        path: taken.get(&(m.group, m.path.clone())).copied(),
-        module: m.clone(),
+    let modules = model.modules.iter().map(|m| {
+        let (rows, path) = taken.get(&(m.group, m.path.clone())).copied().unzip();
+        Planned { parameters: m.parameters(), path, rows, module: m.clone() }
     });
     Ok(Plan {
         notes,
@@ -259,7 +265,8 @@ struct Run<'a> {
     largest: (u32, u32, usize),
 }
 
-type Taken = HashMap<(ParameterGroup, String), Path>;
+/// Rows and path of each adapted layer.
+type Taken = HashMap<(ParameterGroup, String), (u64, Path)>;
 
 impl Run<'_> {
     fn meter(&self, speed: Option<Speed>) -> Rc<Meter> {
@@ -300,7 +307,7 @@ impl Run<'_> {
         }
         let mut taken = Taken::new();
         for (group, net) in &nets {
-            taken.extend(net.taken.borrow().iter().map(|(path, (_, way))| ((*group, path.clone()), *way)));
+            taken.extend(net.taken.borrow().iter().map(|(path, way)| ((*group, path.clone()), *way)));
         }
         (meter, taken)
     }

@@ -8,7 +8,7 @@ use lokr::functional::Path;
 
 use super::{Plan, Planned, Request};
 use crate::base::{part_name, thousands};
-use crate::config::{RunConfig, SavePrecision};
+use crate::config::{ForwardPath, RunConfig, SavePrecision};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -72,6 +72,10 @@ impl Display for Report<'_> {
 
 impl Report<'_> {
     fn adapters(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self.config.network.forward {
+            ForwardPath::Auto => writeln!(f, "forward: the faster path for each layer (network.forward = \"auto\")")?,
+            forced => writeln!(f, "forward: {0} in every layer (network.forward = \"{0}\")", forced.name())?,
+        }
         writeln!(f, "{:<5} {:>6}  {:<16} {:<10} {:<18} {:>12}  path", "part", "layers", "weight", "w1", "w2", "parameters")?;
         if self.layers {
             for p in &self.plan.modules {
