@@ -102,9 +102,8 @@ unsafe fn quantize(map: &DynamicMap, m: &[f32; BLOCK], absmax: f32, codes: *mut 
         for (k, four) in four.iter_mut().enumerate() {
             let at = i + 8 * k;
             // SAFETY: i + 8 k + 8 is at most BLOCK.
-            let (x, bucket) = unsafe {
-                (_mm256_loadu_si256(scaled.as_ptr().add(at).cast()), _mm256_loadu_si256(buckets.as_ptr().add(at).cast()))
-            };
+            let (x, bucket) =
+                unsafe { (_mm256_loadu_si256(scaled.as_ptr().add(at).cast()), _mm256_loadu_si256(buckets.as_ptr().add(at).cast())) };
             // All ones where the threshold is passed; against the sign as in `DynamicMap::code`.
             let beyond = _mm256_cmpgt_epi32(_mm256_and_si256(x, place), _mm256_srli_epi32::<8>(bucket));
             let add = _mm256_xor_si256(beyond, _mm256_srai_epi32::<31>(x));
