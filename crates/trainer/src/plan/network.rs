@@ -56,30 +56,32 @@ impl Net {
         self.layers.get(path).copied().unwrap_or(Layer { out: 1, inp: 1, area: 1, stored: DType::F32, adapted: None })
     }
 
-    /// A linear layer over `rows` rows, or a convolution with `rows` output pixels.
-    fn apply(&self, path: &str, x: &V, rows: u64) -> V {
+    /// A convolution with `rows` output pixels, or a linear layer over `rows` rows.
+    fn conv(&self, path: &str, x: &V, rows: u64) -> V {
         let (l, m) = (self.layer(path), &self.meter);
         let weight = l.out * l.inp * l.area;
-        // In f32 on the CPU a weight is widened and merged line by line, and nothing is flipped.
-        let wide = if self.compute == DType::F32 && !m.composed { 0 } else { 4 * weight };
-        let converted = l.stored != self.compute;
-        let stored_bytes = (weight * l.stored.size_in_bytes() as u64) as f64;
-        let macs = (rows * weight) as f64;
-        let out = rows * l.out;
-        // The flipped copy that a convolution's input gradient takes.
-        let flipped = if l.area > 1 { wide } else { 0 };
-        let plain = Work { macs, elements: (x.elements + out) as f64, weights: stored_bytes };
-        let Some(a) = l.adapted else {
-            let scratch = if converted { wide } else { 0 };
-            let _widened = m.buffer(scratch);
-            m.work(plain);
-            let back = Back { scratch: scratch + flipped, work: plain, ..Back::default() };
-            return op(m, &[x], out, false, false, back);
+        // In f32 on the CPU a weight of f32, f16 or bf16 is widened and merged line by line, and nothing is flipped; codes of 8 bits are widened
+        // whole. Elsewhere W + delta is formed in f32, and a weight of another type converted.
+        let (fused, codes) = (self.compute == DType::F32 && !m.composed, l.stored == DType::U8);
+        let (wide, converted) = match (fused, codes) {
+            (true, false) => (0, 0),
+            (true, true) => (4 * weight, 4 * weight),
+            (false, _) => (4 * weight, if l.stored == self.compute { 0 } else { m.element * weight }),
         };
-        let [ra, rb, rc, rd] = a.sides;
+        let (out, macs) = (rows * l.out, (rows * weight) as f64);
+        // The flipped copy that a convolution's input gradient takes.
+        let flipped = if l.area > 1 && !fused { m.element * weight } else { 0 };
+        // The patches that candle's convolution gathers on a CPU.
+        let patches = if m.half_on_cpu && l.area > 1 { m.element * rows * l.inp.max(l.out) * l.area } else { 0 };
+        let plain = Work { macs, elements: (x.elements + out) as f64, weights: (weight * l.stored.size_in_bytes() as u64) as f64 };
+        let Some(a) = l.adapted else {
+            let _beside = m.buffer(converted + patches);
+            m.work(plain);
+            return op(m, &[x], out, false, false, Back { scratch: converted + patches + flipped, work: plain, ..Back::default() });
+        };
         let chosen = a.path.unwrap_or_else(|| Path::choose(rows as usize, a.sides, l.area as usize, self.compute, l.stored));
         self.taken.borrow_mut().insert(path.to_owned(), (rows, chosen));
-        let [ga, gb, gc, gd] = [ra, rb, rc, rd].map(|v| v as u64);
+        let [ga, gb, gc, gd] = a.sides.map(|v| v as u64);
         // Elements of the tensor between the two factors, and multiply-adds of each half of the chain.
         let small = ga.min(gb);
         let between = if gb <= ga { rows * gb * gc } else { x.elements / gb.max(1) * ga };
@@ -87,21 +89,21 @@ impl Net {
         let through_w1 = (if gb <= ga { rows * ga * gb * gc } else { x.elements / gb.max(1) * ga * gb }) as f64;
         let chain = Work { macs: through_w2 + through_w1, elements: 2.0 * between as f64, weights: 4.0 * a.parameters as f64 };
         let forward_scratch = match chosen {
-            Path::Merged => wide,
-            Path::Factored => (if converted { wide } else { 0 }).max((between + out) * m.element),
+            Path::Merged => wide + patches,
+            Path::Factored => (converted + patches).max((between + out) * m.element),
         };
         let (forward, mut backward) = (plain, plain);
         m.work(forward);
         if chosen == Path::Factored {
             m.work(chain);
         }
-        let scratch = m.buffer(forward_scratch);
+        let beside = m.buffer(forward_scratch);
         // Both factors' gradients: two products with w2's shape, two mixes with w1's.
         backward.macs += 2.0 * (through_w2 + through_w1) + if chosen == Path::Factored { through_w2 } else { 0.0 };
         backward.elements += 4.0 * between as f64;
         let weights = match chosen {
-            Path::Merged => wide + flipped,
-            Path::Factored => (if converted { wide } else { 0 }) + flipped,
+            Path::Merged => wide + flipped + patches,
+            Path::Factored => converted + flipped + patches,
         };
         let back = Back {
             saved: vec![x.buffer.clone()],
@@ -111,16 +113,12 @@ impl Net {
             ..Back::default()
         };
         let result = op(m, &[x], out, false, true, back);
-        drop(scratch);
+        drop(beside);
         result
     }
 
     fn linear(&self, path: &str, x: &V) -> V {
-        self.apply(path, x, x.elements / self.layer(path).inp.max(1))
-    }
-
-    fn conv(&self, path: &str, x: &V, pixels: u64) -> V {
-        self.apply(path, x, pixels)
+        self.conv(path, x, x.elements / self.layer(path).inp.max(1))
     }
 
     fn norm(&self, path: &str, x: &V) -> V {
@@ -128,9 +126,15 @@ impl Net {
         let work = Work { elements: 2.0 * x.elements as f64, ..Work::default() };
         self.meter.work(work);
         let parameters = l.adapted.iter().map(|a| (a.id, 4 * a.parameters)).collect();
+        let wide = 4 * x.elements;
+        // Composed, the standardised input is kept in f32, and three more such tensors stand beside it for a moment.
+        let (saved, scratch) = if self.meter.half_on_cpu { (self.meter.buffer(wide), 3 * wide) } else { (x.buffer.clone(), 0) };
+        let beside = self.meter.buffer(scratch);
         let back =
-            Back { saved: vec![x.buffer.clone()], work: Work { elements: 3.0 * x.elements as f64, ..work }, parameters, ..Back::default() };
-        op(&self.meter, &[x], x.elements, false, l.adapted.is_some(), back)
+            Back { saved: vec![saved], scratch, work: Work { elements: 3.0 * x.elements as f64, ..work }, parameters, ..Back::default() };
+        let result = op(&self.meter, &[x], x.elements, false, l.adapted.is_some(), back);
+        drop(beside);
+        result
     }
 
     fn add(&self, x: &V, y: &V) -> V {
@@ -142,7 +146,13 @@ impl Net {
     fn activation(&self, x: &V, elements: u64) -> V {
         let work = Work { elements: (x.elements + elements) as f64, ..Work::default() };
         self.meter.work(work);
-        op(&self.meter, &[x], elements, false, false, Back { saved: vec![x.buffer.clone()], work, ..Back::default() })
+        // Composed, function and derivative are formed in f32.
+        let scratch = if self.meter.half_on_cpu { 4 * 4 * elements } else { 0 };
+        let beside = self.meter.buffer(scratch);
+        let result =
+            op(&self.meter, &[x], elements, false, false, Back { saved: vec![x.buffer.clone()], scratch, work, ..Back::default() });
+        drop(beside);
+        result
     }
 
     /// An op that keeps nothing: a transposition, an enlargement, a concatenation.
@@ -196,7 +206,7 @@ impl Net {
             let (first, second, place) = (net.clone(), net.clone(), at.clone());
             let h = net.part(&v[..2].iter().collect::<Vec<_>>(), move |v| {
                 let h = first.conv(&format!("{place}.in_layers.2"), &first.norm(&format!("{place}.in_layers.0"), &v[0]), pixels);
-                let e = first.apply(&format!("{place}.emb_layers.1"), &v[1], n);
+                let e = first.conv(&format!("{place}.emb_layers.1"), &v[1], n);
                 first.moved_pair(&h, &e)
             });
             let place = at.clone();

@@ -34,6 +34,8 @@ pub(super) struct Meter {
     pub element: u64,
     /// Attention by candle's ops, with the scores of many queries in memory at a time.
     pub composed: bool,
+    /// Every op by candle's, with intermediates in f32, as in half precision on a CPU.
+    pub half_on_cpu: bool,
     speed: Option<Speed>,
     live: Cell<u64>,
     gradients: Cell<u64>,
@@ -47,10 +49,13 @@ pub(super) struct Meter {
 }
 
 impl Meter {
-    pub fn new(element: u64, composed: bool, speed: Option<Speed>) -> Rc<Self> {
+    /// `element`: bytes of an element of the activations.
+    pub fn new(element: u64, on_gpu: bool, speed: Option<Speed>) -> Rc<Self> {
+        let half_on_cpu = element < 4 && !on_gpu;
         Rc::new(Self {
             element,
-            composed,
+            composed: on_gpu || half_on_cpu,
+            half_on_cpu,
             speed,
             live: Cell::new(0),
             gradients: Cell::new(0),
