@@ -283,9 +283,9 @@ fn input_grad(dy: &Tensor, frozen: &Frozen, o: usize, g: Geometry) -> Result<Ten
         let fill = |k: usize, i: usize, to: &mut [f32]| lines.fill(k, at + i, to);
         let a = lines.plain().map_or(Operand::Across(&fill), |w| Operand::columns(&w[at..], depth));
         let b = Operand::columns(&dyv[i * o * pixels + from..], pixels);
-        // The wider side is the one that is packed in wider strips.
+        // The longer side is the one that is packed in the wider strips.
         let (m, n) = (channels * taps, len);
-        let (m, n, a, b, dst) = if m > n { (n, m, b, a, Dst { turned: true, ..dst }) } else { (m, n, a, b, dst) };
+        let (m, n, a, b, dst) = if m > n && kernel.in_place() { (n, m, b, a, Dst { turned: true, ..dst }) } else { (m, n, a, b, dst) };
         // SAFETY: the callers give each product its own places.
         unsafe { Product { m, n, k: o, a, b, dst, begin: Begin::Zero, scale: 1.0, kernel }.run(threads) }
     };
