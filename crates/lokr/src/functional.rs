@@ -23,10 +23,13 @@ pub enum Path {
     Factored,
 }
 
-/// Multiply-adds in whose time one element of W + delta is formed while the weight is packed.
-const MERGE_COST: u128 = 4;
-/// Multiply-adds in whose time an element of the chain's results is written, mixed and added.
-const MIX_COST: u128 = 32;
+/// Multiply-adds in whose time one element of W + delta is formed while the weight is packed. Both numbers are measured: `cargo run
+/// --release -p benches --bin layers` times both paths of every layer shape of SDXL (docs/benchmarks.md). Without rows to speak of, W +
+/// delta costs 0.5 ns an element more than W on AVX2, which does 28 multiply-adds in a nanosecond.
+const MERGE_COST: u128 = 15;
+/// Multiply-adds in whose time an element of the chain's results is written, mixed and added: 3.7 ns there, what is left of the
+/// difference between the paths at 77 to 256 rows after the products' own multiply-adds.
+const MIX_COST: u128 = 100;
 
 impl Path {
     /// The cheaper path for `rows` rows, a layer of a*c outputs and b*d*area inputs, `area` the kernel's.

@@ -20,7 +20,7 @@ fn block(kernel: Kernel) -> (usize, usize) {
 }
 
 /// Rows of a left operand up to which the sides may change places: the right one is read once for every block of them.
-const SWAP_ROWS: usize = 1024;
+const SWAP_ROWS: usize = 512;
 
 /// Where a product goes: places `offset + i * rs + j` of a shared slice, or, `turned`, `offset + j * rs + i`.
 #[derive(Clone, Copy)]
