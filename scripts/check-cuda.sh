@@ -11,6 +11,8 @@ cd "$(dirname "$0")/.."
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/lokr
 target=${LOKR_CUDA_TARGET:-$cache/cuda-target}
 features=cuda,cudnn,nccl
+# One selection for builds and tests: another one unifies the dependencies' features differently, and candle is compiled again.
+build="--quiet --release -p cli -p trainer -p dist -p end-to-end --features cli/cuda,cli/cudnn,cli/nccl"
 what=${*:-lint build test}
 
 if ! command -v python3 >/dev/null || ! command -v g++ >/dev/null; then
@@ -41,16 +43,13 @@ export LIBRARY_PATH="$dry${LIBRARY_PATH:+:$LIBRARY_PATH}"
 for step in $what; do
     case $step in
     lint) cargo clippy --quiet --release --all-targets -p cli -p trainer -p ops -p optim -p dist --features cli/cuda,cli/cudnn,cli/nccl -- -D warnings ;;
-    build) cargo build --quiet --release -p cli --features $features ;;
+    build) cargo build $build --bin lokr ;;
     test)
         export LD_LIBRARY_PATH="$dry${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" LOKR_DRY_GPU="$dry"
-        # The ten recorded steps, by the CUDA code path.
-        cargo test --quiet --release -p trainer --features $features --test train_step_golden
-        # NCCL's contract in two and four ranks.
-        DRY_GPU_COUNT=4 cargo test --quiet --release -p dist --features nccl --test nccl
-        # The program: losses, counts, errors.
-        cargo build --quiet --release -p cli --features $features
-        LOKR_CUDA_BINARY="$target/release/lokr" CARGO_TARGET_DIR="${LOKR_TARGET:-target}" cargo test --quiet --release -p end-to-end --test cli dry_gpu
+        # The ten recorded steps, by the CUDA code path; NCCL's contract in two and four ranks.
+        DRY_GPU_COUNT=4 cargo test $build --test train_step_golden --test nccl
+        # The program: losses, counts, errors, two processes.
+        DRY_GPU_COUNT=0 cargo test $build --test cli dry_gpu
         ;;
     *) echo "there is no step $step: lint, build, test" && exit 2 ;;
     esac

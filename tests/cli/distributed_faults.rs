@@ -89,6 +89,29 @@ fn weights_that_differ_are_found_before_they_are_saved() {
 }
 
 #[test]
+fn a_gradient_that_is_infinite_on_one_rank_is_withheld_by_all() {
+    let world = World::new("gradient-of-one");
+    let ran = with_fault(&world, "1:gradient:3:gradient", &[], &["train.ddp_check_every_n_steps=1"]).ended_with(0);
+    let told = ran.lines("warning: the step is withheld: the gradient of ");
+    // The samples of both ranks.
+    assert!(told.len() == 1 && told[0].contains(" is not finite at step 4; samples of the step: pictures/"), "{}", ran.all());
+    assert_eq!(told[0].matches("pictures/").count(), 4, "{}", told[0]);
+    let withheld: Vec<bool> = metrics(&world.run()).iter().map(|l| l["withheld"] == true).collect();
+    assert_eq!(withheld, [false, false, false, true, false, false]);
+}
+
+#[test]
+fn in_fp16_an_overflow_on_one_rank_lowers_the_scale_of_all() {
+    let world = World::new("overflow-of-one");
+    let set = ["train.mixed_precision=fp16", "train.ddp_check_every_n_steps=1"];
+    let ran = with_fault(&world, "1:gradient:3:gradient", &[], &set).ended_with(0);
+    let skipped = ran.lines("step 4 is skipped: its gradient overflows at loss scale 65536; the next takes 32768");
+    assert_eq!(skipped.len(), 1, "{}", ran.all());
+    let scales: Vec<f64> = metrics(&world.run()).iter().filter_map(|l| l["loss_scale"].as_f64()).collect();
+    assert_eq!(scales, [65536.0, 65536.0, 65536.0, 65536.0, 32768.0, 32768.0]);
+}
+
+#[test]
 fn a_port_in_use_is_an_error_with_its_way_out() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
     let endpoint = taken.local_addr().expect("an address").to_string();
@@ -143,8 +166,18 @@ fn ranks_that_were_started_for_different_runs_are_refused_with_what_differs() {
     );
     std::fs::write(world.path("other/pictures/00.txt"), "another caption\n").expect("written");
     refused(["2", "2"], [&[], &[]], &["`the pictures and captions (fingerprint)` is"]);
-    // Folders with the same content are the same run.
+    // Another base model: one number of one tensor is another.
     copy();
+    let mut base = bytes(golden("tiny-sdxl.safetensors"));
+    let last = base.len() - 1;
+    base[last] ^= 1;
+    std::fs::write(world.path("other/base.safetensors"), base).expect("written");
+    refused(
+        ["2", "2"],
+        [&[], &["model.base='base.safetensors'"]],
+        &["the ranks were not started for the same run: `the base model (SHA-256)` is `", "` on rank 0", "` on rank 1"],
+    );
+    // Folders with the same content are the same run.
     for ran in by_hand(&world, ["2", "2"], [&[], &[]]) {
         ran.ended_with(0);
     }

@@ -1,55 +1,50 @@
 //! The program with its CUDA features, on stand-ins for NVIDIA's libraries (tools/dry-gpu): what it computes, what it asks of the
-//! GPU, and what it says when the driver fails. `scripts/check-cuda.sh test` builds both and sets `LOKR_CUDA_BINARY` and
-//! `LOKR_DRY_GPU`; without them these tests have nothing to run, and say so.
+//! GPU, and what it says when the driver fails. `scripts/check-cuda.sh test` builds these tests with the features and sets `LOKR_DRY_GPU`;
+//! without it they have nothing to run, and say so. There a process has no GPU unless it is given one (`DRY_GPU_COUNT`), so that the same
+//! program is also what the GPU is compared with.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::process::Command;
 
 use crate::support::*;
 
-/// The CUDA program and the folder of the stand-ins.
-fn dry() -> Option<(PathBuf, PathBuf)> {
-    let found = std::env::var_os("LOKR_CUDA_BINARY").zip(std::env::var_os("LOKR_DRY_GPU"));
-    if found.is_none() {
+/// Whether the tests were built for GPUs and the stand-ins are there.
+pub fn dry() -> bool {
+    let there = std::env::var_os("LOKR_DRY_GPU").is_some();
+    if !there {
         eprintln!("skipped: the CUDA program and the stand-ins are not built (scripts/check-cuda.sh test)");
     }
-    found.map(|(binary, dry)| (binary.into(), dry.into()))
+    there
 }
 
 /// What a run asked of its GPU: calls and bytes by name. Kernels are named "kernel NAME".
-struct Asked(BTreeMap<String, (u64, u64)>);
+pub struct Asked(BTreeMap<String, (u64, u64)>);
 
 impl Asked {
-    fn calls(&self, name: &str) -> u64 {
+    pub fn calls(&self, name: &str) -> u64 {
         self.0.get(name).map_or(0, |c| c.0)
     }
 
-    fn bytes(&self, name: &str) -> u64 {
+    pub fn bytes(&self, name: &str) -> u64 {
         self.0.get(name).map_or(0, |c| c.1)
     }
 
     /// Calls of all names that begin so.
-    fn all(&self, prefix: &str) -> u64 {
+    pub fn all(&self, prefix: &str) -> u64 {
         self.0.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, c)| c.0).sum()
     }
 }
 
 /// Trains the world's recipe on the stand-ins.
 fn train(world: &World, set: &[&str], variables: &[(&str, &str)]) -> Option<(Ran, Asked)> {
-    let (binary, dry) = dry()?;
-    let report = world.path("gpu-report.txt");
-    let mut command = Command::new(binary);
-    command.args(arguments(set)).current_dir(&world.folder).env("LD_LIBRARY_PATH", dry).env("DRY_GPU_REPORT", &report);
-    command.env_remove("RUST_LOG").env_remove("RUST_BACKTRACE").envs(variables.iter().copied());
-    let output = command.output().expect("the program starts");
-    let ran = Ran {
-        status: output.status.code(),
-        out: String::from_utf8_lossy(&output.stdout).into_owned(),
-        err: String::from_utf8_lossy(&output.stderr).into_owned(),
-    };
-    assert!(!ran.err.contains("panicked"), "{}", ran.all());
-    let asked = std::fs::read_to_string(report).unwrap_or_default();
+    run(world, &arguments(set), variables)
+}
+
+/// Runs the program on the stand-ins. Of several processes, what rank 0 asked of its GPU.
+pub fn run(world: &World, arguments: &[&str], variables: &[(&str, &str)]) -> Option<(Ran, Asked)> {
+    let mut command = command(world, arguments, variables)?;
+    let ran = finished_with(command.output().expect("the program starts"));
+    let asked = std::fs::read_to_string(world.path(REPORT)).unwrap_or_default();
     let line = |line: &str| {
         let mut parts = line.split('\t');
         let (name, calls) = (parts.next()?, parts.next()?.parse().ok()?);
@@ -58,8 +53,28 @@ fn train(world: &World, set: &[&str], variables: &[(&str, &str)]) -> Option<(Ran
     Some((ran, Asked(asked.lines().filter_map(line).collect())))
 }
 
+const REPORT: &str = "gpu-report.txt";
+
+/// The program on the stand-ins, by default with one GPU; `None` where they are not there.
+pub fn command(world: &World, arguments: &[&str], variables: &[(&str, &str)]) -> Option<Command> {
+    if !dry() {
+        return None;
+    }
+    let mut command = lokr_command(&world.folder, arguments);
+    command.env("DRY_GPU_REPORT", world.path(REPORT)).env("DRY_GPU_COUNT", "1").envs(variables.iter().copied());
+    Some(command)
+}
+
+/// What a process said, which did not panic.
+pub fn finished_with(output: std::process::Output) -> Ran {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let ran = Ran { status: output.status.code(), out: text(&output.stdout), err: text(&output.stderr) };
+    assert!(!ran.err.contains("panicked"), "{}", ran.all());
+    ran
+}
+
 /// Losses of a finished run.
-fn losses(world: &World) -> Vec<f64> {
+pub fn losses(world: &World) -> Vec<f64> {
     metrics(&world.run()).iter().filter_map(|m| m["loss"].as_f64()).collect()
 }
 
@@ -143,8 +158,8 @@ fn a_step_asks_the_gpu_for_what_it_asked_before() {
         two.calls("memory peak"),
     );
     println!("a further batch: {} launches, {} copies to the host", of_batch("launches"), of_batch("copy to host"));
-    // Inside the accumulation window the host waits once for each batch: for its loss.
-    assert_eq!(of_batch("copy to host"), 1, "a batch of the accumulation window makes the host wait");
+    // Inside the accumulation window the host waits for nothing: losses are read once, at its end.
+    assert_eq!(of_batch("copy to host"), 0, "a batch of the accumulation window makes the host wait");
     assert_eq!(long.all("synchronise"), two.all("synchronise"));
     // Nothing is left behind from step to step.
     assert_eq!(three.calls("memory peak"), two.calls("memory peak"));
@@ -162,7 +177,7 @@ fn what_the_driver_refuses_becomes_a_message_with_a_way_out() {
     let (ran, _) = train(&world, &[], &[("LOCAL_RANK", "first")]).expect("it ran before");
     assert!(ran.refusal().contains("LOCAL_RANK is \"first\""));
 
-    // Memory ends while weights are loaded, and in the middle of a step.
+    // Memory ends while weights are loaded, and in the middle of the rehearsal.
     for variable in [("DRY_GPU_MEMORY", "2000000"), ("DRY_GPU_FAIL", "alloc:20000")] {
         let (ran, _) = train(&world, &[], &[variable]).expect("it ran before");
         let text = ran.refusal();
@@ -171,4 +186,25 @@ fn what_the_driver_refuses_becomes_a_message_with_a_way_out() {
     // Without a GPU, "auto" is the CPU.
     let (ran, _) = train(&world, &["train.max_train_steps=1"], &[("DRY_GPU_COUNT", "0")]).expect("it ran before");
     assert!(ran.good().out.contains("compute f32 on 1 threads"));
+}
+
+#[test]
+fn memory_ends_before_the_first_step_or_never() {
+    let world = World::new("dry-memory");
+    let run = |name: &str, memory: &str, more: &[&str]| {
+        let dir = format!("output.dir=\"{name}\"");
+        let set = [&["train.optimizer=\"Lion8bit\"", "train.max_train_steps=4", "dataset.cache_latents=true", &*dir][..], more].concat();
+        train(&world, &set, &[("DRY_GPU_DEPTH", "walk"), ("DRY_GPU_MEMORY", memory)])
+    };
+    let Some((ran, asked)) = run("all", "24000000000", &[]) else { return };
+    assert_eq!(ran.good().lines("the largest batch, 2 pictures of 64x64, fits into the GPU's memory (tried)").len(), 1);
+    // What the whole run took at its most is enough; a page less is not, and that is found before any step.
+    let peak = asked.calls("memory peak");
+    run("enough", &peak.to_string(), &[]).expect("it ran before").0.good();
+    let (ran, _) = run("short", &(peak - 4096).to_string(), &[]).expect("it ran before");
+    let text = ran.refusal();
+    let what = "the GPU has not enough free memory for a batch of 2 pictures of 64x64, the largest of this run (CUDA_ERROR_OUT_OF_MEMORY)";
+    assert!(text.contains(what) && text.contains("hint: set train.gradient_checkpointing = true"), "{text}");
+    assert!(text.contains("lower train.batch_size below 2"), "{text}");
+    assert!(!world.path("short/metrics.jsonl").exists() || steps_in_metrics(&world.path("short")).is_empty());
 }

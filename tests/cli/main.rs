@@ -19,6 +19,7 @@ mod distributed;
 mod distributed_faults;
 mod distributed_starts;
 mod dry_gpu;
+mod dry_gpus;
 mod export;
 mod health;
 mod house;

@@ -3,7 +3,7 @@
 //
 //   DRY_GPU_DEPTH   "walk": launches and library calls are recorded and compute nothing; copies to the host give 1.0 in every
 //                   f32. "compute" (default): everything is computed.
-//   DRY_GPU_REPORT  file for the report; without it there is none.
+//   DRY_GPU_REPORT  file for the report; without it there is none. Where the variable RANK is set and not 0, it is appended.
 //   DRY_GPU_MEMORY  bytes of the device, by default 24 GiB. An allocation beyond them fails as on a real one.
 //   DRY_GPU_COUNT   number of devices, by default 1.
 //   DRY_GPU_FAIL    "alloc:N" or "launch:N": that call, counted from 1, fails.
@@ -18,6 +18,7 @@
 #include <string>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <unordered_map>
 #include <vector>
 
 namespace {
@@ -27,9 +28,6 @@ struct Count {
     size_t calls = 0, bytes = 0;
 };
 
-struct Module {
-    std::string ptx;
-};
 struct Dim {
     unsigned x, y, z;
 };
@@ -37,6 +35,11 @@ using Run = void (*)(Dim grid, Dim block, void **arguments);
 struct Function {
     std::string name;
     Run run = nullptr;
+};
+
+// The kernels of a module's PTX, by name.
+struct Module {
+    std::unordered_map<std::string, Function> functions;
 };
 
 struct State {
@@ -67,8 +70,11 @@ struct State {
     }
 
     ~State() {
-        auto path = getenv("DRY_GPU_REPORT");
-        FILE *out = path ? fopen(path, "w") : nullptr;
+        auto path = getenv("DRY_GPU_REPORT"), rank = getenv("RANK");
+        bool first = !rank || !strcmp(rank, "0");
+        char name[4096];
+        snprintf(name, sizeof name, "%s%s%s", path ? path : "", first ? "" : ".", first ? "" : rank);
+        FILE *out = path ? fopen(name, "w") : nullptr;
         if (!out) return;
         fprintf(out, "memory peak\t%zu\nmemory left\t%zu\nallocations\t%zu\nlaunches\t%zu\n", peak, used, allocations, launches);
         for (auto &[name, count] : counts) fprintf(out, "%s\t%zu\t%zu\n", name.c_str(), count.calls, count.bytes);
@@ -151,6 +157,13 @@ int cuDeviceGetDefaultMemPool(void **pool, int) { return *pool = nullptr, OK; }
 int cuMemPoolSetAttribute(void *, int, void *) { return OK; }
 int cuMemPoolGetAttribute(void *, int, void *value) { return *static_cast<uint64_t *>(value) = state().peak, OK; }
 int cuDeviceGetName(char *name, int length, int) { return snprintf(name, length, "Dry GPU"), OK; }
+// The same in every process of this machine, another for each device and machine.
+int cuDeviceGetUuid_v2(char *uuid, int device) {
+    memset(uuid, 0, 16);
+    gethostname(uuid + 1, 14);
+    return uuid[0] = char(device), OK;
+}
+int cuDeviceGetUuid(char *uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
 int cuDeviceTotalMem_v2(size_t *bytes, int) { return *bytes = state().memory, OK; }
 int cuMemGetInfo_v2(size_t *free, size_t *total) {
     auto &s = state();
@@ -232,24 +245,29 @@ int cuMemsetD8Async(void *p, unsigned char value, size_t bytes, void *) {
 int cuModuleLoadData(void **module, const void *image) {
     auto text = static_cast<const char *>(image);
     if (!strstr(text, ".version") || !strstr(text, ".target")) return INVALID_IMAGE;
-    return *module = new Module{text}, OK;
+    auto loaded = new Module;
+    for (auto at = text; (at = strstr(at, ".entry "));) {
+        at += strlen(".entry ");
+        auto end = strchr(at, '(');
+        if (!end) break;
+        std::string name(at, end);
+        auto &s = state();
+        auto run = s.kernels ? reinterpret_cast<Run>(dlsym(s.kernels, ("dry_run_" + name).c_str())) : nullptr;
+        loaded->functions[name] = Function{name, run};
+    }
+    return *module = loaded, OK;
 }
 int cuModuleLoad(void **, const char *) { return NOT_FOUND; }
 int cuModuleUnload(void *module) { return delete static_cast<Module *>(module), OK; }
 int cuModuleGetFunction(void **out, void *module, const char *name) {
     // The module's own PTX is the measure of which kernels exist: a name that is not in it fails as on a real device.
-    auto &ptx = static_cast<Module *>(module)->ptx;
-    if (ptx.find(std::string(".entry ") + name + "(") == std::string::npos) {
+    auto &functions = static_cast<Module *>(module)->functions;
+    auto found = functions.find(name);
+    if (found == functions.end()) {
         fprintf(stderr, "dry-gpu: the module has no kernel %s\n", name);
         return NOT_FOUND;
     }
-    auto &s = state();
-    Run run = s.kernels ? reinterpret_cast<Run>(dlsym(s.kernels, (std::string("dry_run_") + name).c_str())) : nullptr;
-    static std::map<std::string, Function *> known;
-    std::lock_guard hold(s.lock);
-    auto &function = known[name];
-    if (!function) function = new Function{name, run};
-    return *out = function, OK;
+    return *out = &found->second, OK;
 }
 int cuFuncSetAttribute(void *, int, int) { return OK; }
 int cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned, void *, void **arguments, void **) {

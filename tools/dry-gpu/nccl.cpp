@@ -1,10 +1,12 @@
 // A stand-in for libnccl between processes of one machine: ranks meet in a piece of shared memory named by the unique id,
 // put their part into their own slot, and add up all slots in the order of ranks. A rank that does not come within
-// DRY_GPU_NCCL_SECONDS (10) makes the others fail with ncclRemoteError.
+// DRY_GPU_NCCL_SECONDS (10) makes the others fail with ncclRemoteError. DRY_GPU_NCCL_DEATH=RANK:N kills that rank's process in its N-th
+// all-reduce, counted from 1.
 #include "dry.h"
 
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -105,6 +107,11 @@ int ncclAllReduce(const void *from, void *to, size_t count, int type, int op, vo
     // ncclSum, ncclMax
     if (op != 0 && op != 2) return INVALID_USAGE;
     dry_count("all-reduce", count * size_of(t));
+    static std::atomic<int> calls;
+    int rank, n;
+    auto death = getenv("DRY_GPU_NCCL_DEATH");
+    calls++;
+    if (death && sscanf(death, "%d:%d", &rank, &n) == 2 && rank == c->rank && n == calls) raise(SIGKILL);
     size_t step = SLOT / size_of(t);
     for (size_t at = 0; at < count; at += step) {
         size_t n = std::min(step, count - at), offset = at * size_of(t);

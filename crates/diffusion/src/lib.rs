@@ -16,7 +16,7 @@ mod sampler;
 mod schedule;
 mod sigmas;
 
-pub use loss::{HuberSchedule, LossConfig, LossOutput, LossType};
+pub use loss::{HuberSchedule, LossConfig, LossOutput, LossType, PendingLoss};
 pub use noise::{BatchNoise, NoiseConfig, SampleKey, add_offset};
 pub use sampler::{Sampler, guide, sample};
 pub use schedule::{Prediction, Schedule, TRAIN_TIMESTEPS};

@@ -93,6 +93,27 @@ pub struct LossOutput {
     pub gradient: Tensor,
 }
 
+/// The values of a loss where they were computed, so that a GPU need not be waited for.
+#[derive(Debug)]
+pub struct PendingLoss {
+    /// Loss of each sample before any weight, [B] f64.
+    pub unweighted: Tensor,
+    /// Weight of each sample.
+    pub weights: Vec<f64>,
+}
+
+impl PendingLoss {
+    /// Loss of each sample before any weight, copied to the host.
+    pub fn read(&self) -> Result<Vec<f64>> {
+        Ok(self.unweighted.to_vec1()?)
+    }
+
+    /// Weighted loss of each sample, from what [`PendingLoss::read`] gave.
+    pub fn weighted(&self, unweighted: &[f64]) -> Vec<f64> {
+        unweighted.iter().zip(&self.weights).map(|(l, w)| l * w).collect()
+    }
+}
+
 impl LossConfig {
     /// Weight that the loss of a sample at `timestep` gets from the signal-to-noise ratio.
     ///
@@ -144,6 +165,23 @@ impl LossConfig {
         sample_weights: Option<&[f64]>,
         mask: Option<&Tensor>,
     ) -> Result<LossOutput> {
+        let (pending, gradient) = self.pending_loss(schedule, pred, target, timesteps, sample_weights, mask)?;
+        let unweighted = pending.read()?;
+        let per_sample = pending.weighted(&unweighted);
+        let loss = per_sample.iter().sum::<f64>() / per_sample.len() as f64;
+        Ok(LossOutput { loss, per_sample, unweighted, weights: pending.weights, gradient })
+    }
+
+    /// As [`LossConfig::loss`], without waiting for the values; with [`LossOutput::gradient`].
+    pub fn pending_loss(
+        &self,
+        schedule: &Schedule,
+        pred: &Tensor,
+        target: &Tensor,
+        timesteps: &[u32],
+        sample_weights: Option<&[f64]>,
+        mask: Option<&Tensor>,
+    ) -> Result<(PendingLoss, Tensor)> {
         let batch = pred.dim(0)?;
         if timesteps.len() != batch {
             return Err(Error::BatchSize { what: "timesteps", got: timesteps.len(), batch });
@@ -159,17 +197,15 @@ impl LossConfig {
             slope = slope.broadcast_mul(&mask)?;
         }
         // f64: a naive f32 sum over 65,536 elements would lose digits that the comparison of losses needs.
-        let unweighted: Vec<f64> = element.flatten_from(1)?.to_dtype(DType::F64)?.mean(1)?.to_vec1()?;
+        let unweighted = element.flatten_from(1)?.to_dtype(DType::F64)?.mean(1)?;
         let mut weights = timesteps.iter().map(|&t| self.weight(schedule, t)).collect::<Result<Vec<f64>>>()?;
         if let Some(given) = sample_weights {
             weights.iter_mut().zip(given).for_each(|(w, g)| *w *= g);
         }
-        let per_sample: Vec<f64> = unweighted.iter().zip(&weights).map(|(l, w)| l * w).collect();
-        let loss = per_sample.iter().sum::<f64>() / batch as f64;
         let share = 1.0 / difference.elem_count() as f64;
         let factors: Vec<f32> = weights.iter().map(|w| (w * share) as f32).collect();
         let gradient = slope.broadcast_mul(&column(factors, &difference)?)?;
-        Ok(LossOutput { loss, per_sample, unweighted, weights, gradient })
+        Ok((PendingLoss { unweighted, weights }, gradient))
     }
 
     /// Element loss and its derivative, both shaped as `d` ([B, C, H, W] f32).

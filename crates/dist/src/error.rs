@@ -4,6 +4,8 @@
 use std::io;
 
 use crate::Operation;
+#[cfg(feature = "nccl")]
+use crate::failure::Peer;
 use crate::failure::{Failure, Refusal, Silence, named, seconds};
 
 /// Result of this crate.
@@ -83,6 +85,15 @@ pub enum Error {
         /// NCCL's own word for it.
         what: String,
     },
+    /// Several ranks were started on one GPU, of which NCCL needs one for each.
+    #[cfg(feature = "nccl")]
+    #[error("{} use the same GPU ({gpu})", named(peers))]
+    SharedGpu {
+        /// The ranks.
+        peers: Vec<Peer>,
+        /// Its name for the driver, as `nvidia-smi -L` lists it.
+        gpu: String,
+    },
     /// The system refused something that a group or the launcher needs.
     #[error("cannot {doing}")]
     System {
@@ -155,9 +166,13 @@ impl Error {
             }
             Error::Start { .. } => None,
             #[cfg(feature = "nccl")]
-            Error::Nccl { .. } => {
-                Some("run again with NCCL_DEBUG=WARN: NCCL then writes what it met; each process needs a GPU of its own".into())
-            }
+            Error::Nccl { .. } => Some("run again with NCCL_DEBUG=WARN: NCCL then writes what it met".into()),
+            #[cfg(feature = "nccl")]
+            Error::SharedGpu { .. } => Some(
+                "start at most as many processes on a machine as it has GPUs (`nvidia-smi -L` lists them): LOCAL_RANK chooses among those \
+                 that CUDA_VISIBLE_DEVICES leaves"
+                    .into(),
+            ),
         }
     }
 }

@@ -8,7 +8,7 @@
 //! [`ProcessGroup`] has a member for a world of one, in which every collective is the identity, and one that works over
 //! TCP for CPU runs and tests. With the cargo feature `nccl` there is one for GPUs (`src/nccl.rs`): it keeps a [`TcpGroup`]
 //! beside it, for handing out NCCL's unique id, for the checks at the start and for naming ranks that are missing or lost,
-//! and passes the same contract tests (`tests/contract`).
+//! and passes the same contract tests (`tests/contract`). It sums on a stream of its own, while the caller's stream computes.
 //!
 //! Nothing here is encrypted or authenticated, as with NCCL: use it on machines and networks that you trust.
 //!
@@ -30,6 +30,8 @@ mod mesh;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod operation;
+#[cfg(any(test, feature = "nccl"))]
+mod pending;
 mod rendezvous;
 mod slurm;
 mod tcp;
@@ -41,6 +43,6 @@ pub use error::{Error, Result};
 pub use failure::{Difference, Failure, Peer, Refusal, Silence};
 pub use group::{Handle, OnWait, Options, ProcessGroup, Wait};
 #[cfg(feature = "nccl")]
-pub use nccl::NcclGroup;
+pub use nccl::{DeviceHandle, NcclGroup};
 pub use operation::Operation;
 pub use tcp::TcpGroup;

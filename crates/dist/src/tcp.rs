@@ -93,6 +93,8 @@ impl TcpGroup {
             closing: closing.clone(),
             mesh: None,
             broken: None,
+            #[cfg(any(test, feature = "nccl"))]
+            pending: crate::pending::Pending::default(),
         };
         let (jobs, submitted) = channel();
         let worker = std::thread::Builder::new()
@@ -127,6 +129,15 @@ impl TcpGroup {
         self.submit(Job::Exchange { operation: operation.clone(), payload, limit, done });
         let gone = || Error::Failed { operation, failure: Box::new(Failure::Left { peer: self.peers[self.rank].clone() }) };
         result.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Comes to `operation` in the background, and when all ranks have come hands it to the device by `start`. The receiver is told when
+    /// that is done; one without a word means that the group was dropped.
+    #[cfg(any(test, feature = "nccl"))]
+    pub(crate) fn start(&self, operation: Operation, start: crate::pending::Start) -> Receiver<Result<()>> {
+        let (done, told) = channel();
+        self.submit(Job::Start { operation, start, limit: self.deadline, done });
+        told
     }
 
     /// A worker that has ended drops the job, and its result's channel with it: the waiting side sees that.

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use crate::failure::{Failure, Peer, Silence};
 use crate::mesh::{Broken, Mesh, SMALL, from_bytes, to_bytes};
+#[cfg(any(test, feature = "nccl"))]
+use crate::pending::{Pending, Start};
 use crate::rendezvous::bind_address;
 use crate::wire::{Event, Frame, Header, Link, Outgoing};
 use crate::{Error, Operation, Result};
@@ -20,8 +22,26 @@ const VERDICT: Duration = Duration::from_secs(2);
 
 /// What the trainer submits, and where the result goes. A receiver that is gone wants none.
 pub(crate) enum Job {
-    Sum { operation: Operation, values: Vec<f32>, limit: Duration, done: Sender<Result<Vec<f32>>> },
-    Exchange { operation: Operation, payload: Vec<u8>, limit: Duration, done: Sender<Result<Vec<Vec<u8>>>> },
+    Sum {
+        operation: Operation,
+        values: Vec<f32>,
+        limit: Duration,
+        done: Sender<Result<Vec<f32>>>,
+    },
+    Exchange {
+        operation: Operation,
+        payload: Vec<u8>,
+        limit: Duration,
+        done: Sender<Result<Vec<Vec<u8>>>>,
+    },
+    /// When all ranks are about to do `operation`, `start` hands it to the device; `done` is told then, not when the device has done it.
+    #[cfg(any(test, feature = "nccl"))]
+    Start {
+        operation: Operation,
+        start: Start,
+        limit: Duration,
+        done: Sender<Result<()>>,
+    },
 }
 
 /// State of the thread.
@@ -39,11 +59,14 @@ pub(crate) struct Worker {
     pub closing: Arc<AtomicBool>,
     pub mesh: Option<Mesh>,
     pub broken: Option<Failure>,
+    /// What devices have not ended.
+    #[cfg(any(test, feature = "nccl"))]
+    pub pending: Pending,
 }
 
 impl Worker {
     pub(crate) fn run(mut self, jobs: &Receiver<Job>) {
-        for job in jobs {
+        while let Some(job) = self.next(jobs) {
             match job {
                 Job::Sum { operation, values, limit, done } => {
                     let result = self.sum(&operation, values, limit);
@@ -53,9 +76,85 @@ impl Worker {
                     let result = self.call(&operation, payload, limit);
                     let _ = done.send(result.map_err(|failure| Error::Failed { operation, failure: Box::new(failure) }));
                 }
+                #[cfg(any(test, feature = "nccl"))]
+                Job::Start { operation, start, limit, done } => {
+                    let _ = done.send(self.start(operation, start, limit));
+                }
             }
         }
         self.link.send(Outgoing::new(&Header::Leave, Vec::new()));
+    }
+
+    /// The next job; `None` when the group is dropped.
+    #[cfg(not(any(test, feature = "nccl")))]
+    fn next(&mut self, jobs: &Receiver<Job>) -> Option<Job> {
+        jobs.recv().ok()
+    }
+
+    /// The next job; `None` when the group is dropped. Meanwhile sees to it that no device waits for a rank that is lost: the trainer
+    /// may be waiting for the device, and could then not be told.
+    #[cfg(any(test, feature = "nccl"))]
+    fn next(&mut self, jobs: &Receiver<Job>) -> Option<Job> {
+        loop {
+            let stalled = self.pending.look();
+            if stalled.is_some() || !self.pending.is_empty() {
+                _ = self.look();
+            }
+            if let Some((operation, limit)) = stalled.filter(|_| self.broken.is_none()) {
+                let peers = self.peers.iter().filter(|peer| peer.rank != self.me.rank).cloned().collect();
+                let failure = Failure::Stalled { operation, peers, millis: limit.as_millis() as u64 };
+                self.link.send(Outgoing::new(&Header::Failed(failure.clone()), Vec::new()));
+                self.verdict(failure);
+            }
+            if self.state().is_err() {
+                self.give_up();
+            }
+            if self.pending.is_empty() {
+                return jobs.recv().ok();
+            }
+            match jobs.recv_timeout(POLL) {
+                Ok(job) => return Some(job),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.give_up();
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Comes to `operation` and starts it on the device.
+    #[cfg(any(test, feature = "nccl"))]
+    fn start(&mut self, operation: Operation, start: Start, limit: Duration) -> Result<()> {
+        let failed = |failure| Error::Failed { operation: operation.clone(), failure: Box::new(failure) };
+        self.call(&operation, Vec::new(), limit).map_err(failed)?;
+        match start() {
+            Ok(work) => self.pending.push(operation, limit, work),
+            // The device's library says little of the ranks that it did not reach; the hub knows them.
+            Err(error) => {
+                let cause = self.heard();
+                self.tell_others();
+                return Err(cause.map_or(error, failed));
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(any(test, feature = "nccl"))]
+    fn give_up(&mut self) {
+        if !self.pending.is_empty() {
+            self.tell_others();
+            self.pending.give_up();
+        }
+    }
+
+    /// Tells the others that this rank does not take its part in what their devices wait for, unless that is known to be so for another
+    /// reason. A farewell would not do: it breaks the group for those that call, and they wait for their devices.
+    #[cfg(any(test, feature = "nccl"))]
+    fn tell_others(&mut self) {
+        if self.broken.is_none() {
+            self.link.send(Outgoing::new(&Header::Failed(Failure::Left { peer: self.me.clone() }), Vec::new()));
+        }
     }
 
     /// Comes to `operation` and returns the parts of the hub's reply.
@@ -161,6 +260,12 @@ impl Worker {
 
     /// The hub's verdict, which all ranks get; if none comes, what this rank saw itself.
     fn verdict(&mut self, seen: Failure) -> Failure {
+        self.heard();
+        self.broken.get_or_insert(seen).clone()
+    }
+
+    /// Why the group broke, if the hub says so within a moment.
+    fn heard(&mut self) -> Option<Failure> {
         let start = Instant::now();
         while self.broken.is_none() && start.elapsed() < VERDICT && !self.closing.load(Ordering::Relaxed) {
             match self.events.recv_timeout(POLL) {
@@ -169,7 +274,7 @@ impl Worker {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        self.broken.get_or_insert(seen).clone()
+        self.broken.clone()
     }
 
     /// Takes in what has come meanwhile; an error if the group is broken or being dropped.

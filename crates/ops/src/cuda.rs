@@ -49,7 +49,7 @@ pub fn gpu(ordinal: usize) -> Result<Device> {
     let device = Device::new_cuda_with_stream(ordinal)?;
     keep_memory(device.as_cuda_device()?)?;
     // Recording an event before and after each use of a tensor costs more than many kernels take, and orders streams.
-    // SAFETY: every tensor of the process is made on, used on and freed on this one stream; NCCL is given the same one.
+    // SAFETY: every tensor of the process is made on, used on and freed on this one stream; NCCL's is ordered with it by events.
     unsafe { device.as_cuda_device()?.disable_event_tracking() };
     Ok(device)
 }

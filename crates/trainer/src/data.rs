@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use dataset::{BatchPlan, CaptionContext, Dataset, LatentCache, LatentSource, LatentVisit, Prefetcher};
-use diffusion::{NoiseConfig, SampleKey};
+use diffusion::{BatchNoise, NoiseConfig, SampleKey};
 use random::{Purpose, Stream};
 use sdxl::tokenizer::Tokenizer;
 use sdxl::vae::{AutoencoderKL, LATENT_SCALE};
@@ -189,6 +189,24 @@ impl Data {
             }
             (LatentSource::Pixels(_), None) => Err(candle_core::Error::Msg("a cached visit without a cache".into()).into()),
         }
+    }
+
+    /// The batch that takes most memory: width and height of its pictures, and a micro-batch of that size of zeros and empty captions.
+    ///
+    /// # Errors
+    /// If the plan cannot be made.
+    pub fn largest_batch(&self, vae: &AutoencoderKL) -> Result<Option<((u32, u32), MicroBatch)>> {
+        let plan = self.plan(0)?;
+        let size = |b: &dataset::Batch| b.entries.len() as u64 * u64::from(b.bucket.0) * u64::from(b.bucket.1);
+        let Some(largest) = plan.iter().max_by_key(size) else { return Ok(None) };
+        let ((w, h), n, device) = (largest.bucket, largest.entries.len(), vae.device());
+        let [rows, columns] = [h, w].map(|side| side as usize / vae.factor());
+        let latents = Tensor::zeros((n, vae.config.latent_channels, rows, columns), DType::F32, device)?;
+        let mut ids = [Vec::new(), Vec::new()];
+        (0..n).for_each(|_| push_ids(&self.tokenizer, "", self.chunks, &mut ids));
+        let noise = BatchNoise { target: latents.clone(), input: latents.clone(), timesteps: vec![self.noise.min_timestep; n] };
+        let time_ids = Tensor::zeros((n, 6), DType::F32, device)?;
+        Ok(Some(((w, h), MicroBatch { latents, noise, ids, chunks: self.chunks, time_ids })))
     }
 
     /// The file of a sample, for messages.

@@ -3,23 +3,23 @@
 //!
 //! Buckets hold the parameters from the last to the first, which is about the order in which a backward pass completes them;
 //! all ranks send all buckets in the same order. How often a pass adds to a parameter's gradient is learned from the passes
-//! before, so the first pass of a run overlaps nothing. Behind the gradients a bucket carries one number for each parameter, 1
-//! where this rank has a gradient: a parameter that got none on any rank keeps none, and gets no update and no decay.
+//! before, so the first pass of a run overlaps nothing. At the end the ranks tell each other which gradients they have: a parameter
+//! that got none on any rank keeps none, and gets no update and no decay.
 //!
 //! # Determinism
-//! Sums are taken in rank order, whatever the cut into buckets (`dist`): all ranks hold the same bits afterwards. Another
-//! number of ranks adds the same numbers in another order and may round differently.
+//! Over TCP, sums are taken in rank order, whatever the cut into buckets (`dist`); over NCCL, as NCCL chooses. All ranks hold the same
+//! bits afterwards. Another number of ranks adds the same numbers in another order and may round differently.
 
 use std::collections::HashMap;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor};
-use dist::Handle;
-use ops::{F32, Parameter};
+use candle_core::Device;
+use ops::Parameter;
 
 use crate::error::Result;
 use crate::ranks::Ranks;
 use crate::step::Trained;
+use crate::sum::{Part, Sum};
 
 /// The buckets of a run, and how far those of the running step are.
 pub struct Buckets {
@@ -36,7 +36,9 @@ pub struct Buckets {
     /// Gradients that the running pass has added.
     seen: Vec<u32>,
     /// Sums under way, of the first buckets.
-    sent: Vec<Handle>,
+    sent: Vec<Sum>,
+    /// For each parameter whose gradient was sent, 1 if this rank had one.
+    present: Vec<u8>,
 }
 
 impl Buckets {
@@ -46,7 +48,7 @@ impl Buckets {
         let cap = (cap_mb * 1024.0 * 1024.0 / 4.0) as usize;
         let (mut buckets, mut filled): (Vec<Vec<usize>>, _) = (Vec::new(), usize::MAX);
         for index in (0..sizes.len()).rev() {
-            let size = sizes[index] + 1;
+            let size = sizes[index];
             if filled.saturating_add(size) > cap {
                 buckets.push(Vec::new());
                 filled = 0;
@@ -60,12 +62,13 @@ impl Buckets {
         buckets.iter().enumerate().for_each(|(number, bucket)| bucket.iter().for_each(|&index| bucket_of[index] = number));
         let by_name = trained.iter().enumerate().map(|(i, t)| (t.parameter.name().to_string(), i)).collect();
         let none = vec![0; sizes.len()];
-        Self { buckets, by_name, bucket_of, learned: false, uses: none.clone(), seen: none, sizes, sent: Vec::new() }
+        let present = vec![0; sizes.len()];
+        Self { buckets, by_name, bucket_of, learned: false, uses: none.clone(), seen: none, sizes, sent: Vec::new(), present }
     }
 
     /// Numbers in each bucket.
     pub fn lengths(&self) -> Vec<usize> {
-        self.buckets.iter().map(|b| b.iter().map(|&i| self.sizes[i] + 1).sum()).collect()
+        self.buckets.iter().map(|b| b.iter().map(|&i| self.sizes[i]).sum()).collect()
     }
 
     /// Before each backward pass.
@@ -90,11 +93,23 @@ impl Buckets {
         if self.bucket_of[index] < self.sent.len() {
             candle_core::bail!("{}: its gradient grew after it was sent to the other ranks; this is a bug", parameter.name());
         }
-        let complete = |i: &usize| self.seen[*i] >= self.uses[*i];
-        while let Some(bucket) = self.buckets.get(self.sent.len()).filter(|b| b.iter().all(complete)) {
-            let values = values(bucket, &self.sizes, trained)?;
-            self.sent.push(ranks.group.all_reduce_async(&format!("gradient bucket {}", self.sent.len()), values));
+        while self.buckets.get(self.sent.len()).is_some_and(|b| b.iter().all(|&i| self.seen[i] >= self.uses[i])) {
+            self.send_next(ranks, trained)?;
         }
+        Ok(())
+    }
+
+    /// Begins the sum of the next bucket. Its gradients are taken away: the sum comes in their place.
+    fn send_next(&mut self, ranks: &Ranks, trained: &[Trained]) -> candle_core::Result<()> {
+        let number = self.sent.len();
+        let take = |&index: &usize| -> Part {
+            let gradient = trained[index].parameter.take_grad();
+            self.present[index] = gradient.is_some().into();
+            (self.sizes[index], gradient)
+        };
+        let parts: Vec<Part> = self.buckets[number].iter().map(take).collect();
+        let device = trained.first().map_or(Device::Cpu, |t| t.parameter.tensor().device().clone());
+        self.sent.push(Sum::begin(&ranks.group, &format!("gradient bucket {number}"), &parts, &device)?);
         Ok(())
     }
 
@@ -108,49 +123,32 @@ impl Buckets {
         if ranks.count() == 1 {
             return Ok(0.0);
         }
-        for number in self.sent.len()..self.buckets.len() {
-            let values = values(&self.buckets[number], &self.sizes, trained)?;
-            self.sent.push(ranks.group.all_reduce_async(&format!("gradient bucket {number}"), values));
+        while self.sent.len() < self.buckets.len() {
+            self.send_next(ranks, trained)?;
         }
         ranks.fault.at("all-reduce", step);
-        for (bucket, handle) in self.buckets.iter().zip(std::mem::take(&mut self.sent)) {
-            let sums = handle.wait()?;
+        let present = ranks.which_have("gradients of the step", &self.present)?;
+        for (bucket, sum) in self.buckets.iter().zip(std::mem::take(&mut self.sent)) {
+            let sums = sum.wait()?;
             let mut at = 0;
-            let flags = sums.len().saturating_sub(bucket.len());
-            for (place, &index) in bucket.iter().enumerate() {
-                let parameter = &trained[index].parameter;
-                parameter.zero_grad();
-                if sums[flags + place] > 0.0 {
-                    let like = parameter.tensor();
-                    let sum = Tensor::from_slice(&sums[at..at + self.sizes[index]], like.shape(), like.device())?;
-                    parameter.accumulate(&sum)?;
+            for &index in bucket {
+                if present[index] {
+                    let parameter = &trained[index].parameter;
+                    // A tensor of its own, so that the bucket is freed.
+                    let sum = sums.narrow(0, at, self.sizes[index])?.force_contiguous()?;
+                    parameter.accumulate(&sum.reshape(parameter.tensor().shape())?)?;
                 }
                 at += self.sizes[index];
             }
         }
+        ranks.wait_for_device(trained)?;
         Ok(started.elapsed().as_secs_f64())
     }
 }
 
-/// What a bucket sends: the gradients, then which of them there are.
-fn values(bucket: &[usize], sizes: &[usize], trained: &[Trained]) -> candle_core::Result<Vec<f32>> {
-    let mut values = Vec::with_capacity(bucket.iter().map(|&i| sizes[i] + 1).sum());
-    let mut present = Vec::with_capacity(bucket.len());
-    for &index in bucket {
-        let gradient = trained[index].parameter.grad();
-        present.push(if gradient.is_some() { 1.0 } else { 0.0 });
-        match gradient {
-            Some(gradient) => values.extend_from_slice(&F32::new(&gradient.to_device(&Device::Cpu)?)?),
-            None => values.resize(values.len() + sizes[index], 0.0),
-        }
-    }
-    values.extend(present);
-    Ok(values)
-}
-
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
+    use candle_core::{DType, Tensor};
     use dist::{Launcher, Options, ProcessGroup, World, launch::free_port};
     use lokr::ParameterGroup;
     use ops::Value;
@@ -192,9 +190,9 @@ mod tests {
             let group = ProcessGroup::join(&world, &Options::default()).unwrap();
             let ranks = Ranks { world, group, fault: Fault::default() };
             let trained = parameters();
-            // 9 numbers: p3 and p2 with their flags, then p1 and p0.
-            let mut buckets = Buckets::new(&trained, 9.5 * 4.0 / 1024.0 / 1024.0);
-            assert_eq!(buckets.lengths(), [9, 9]);
+            // 7 numbers: p3 and p2, then p1 and p0.
+            let mut buckets = Buckets::new(&trained, 7.5 * 4.0 / 1024.0 / 1024.0);
+            assert_eq!(buckets.lengths(), [7, 7]);
             let values = |i: usize| trained[i].parameter.grad().map(|g| g.to_vec1::<f32>().unwrap());
             // The first pass teaches. p2 is used by nobody, p1 by rank 1 alone.
             let used: &[usize] = if rank == 0 { &[0, 3] } else { &[0, 1, 3] };

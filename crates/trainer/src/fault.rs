@@ -2,8 +2,9 @@
 //! `RANK:PLACE:STEP:WHAT`, such as `1:forward:3:kill`. Without the variable nothing here does anything.
 //!
 //! Places: `rendezvous` (step 0), `forward`, `all-reduce`, `checkpoint`. What: `kill` (as by the kernel when memory runs
-//! out), `hang` (the process lives and does nothing), `stop` (as by SIGSTOP: not even signs of life), `weights` (one number of
-//! the adapter changes, as by broken memory). After a restart by the launcher it does not happen again.
+//! out), `hang` (the process lives and does nothing), `stop` (as by SIGSTOP: not even signs of life); at places of the same names,
+//! `weights` (one number of the adapter changes, as by broken memory), `gradient` (the rank's gradient of the step is infinite, its
+//! loss is not). After a restart by the launcher it does not happen again.
 
 use crate::error::{Error, Result};
 
@@ -17,6 +18,7 @@ enum What {
     Hang,
     Stop,
     Weights,
+    Gradient,
 }
 
 impl Fault {
@@ -37,6 +39,7 @@ impl Fault {
             "hang" => What::Hang,
             "stop" => What::Stop,
             "weights" => What::Weights,
+            "gradient" => What::Gradient,
             _ => return Err(refuse()),
         };
         Ok(Self((of == rank).then(|| (place.to_string(), step, what))))
@@ -44,7 +47,16 @@ impl Fault {
 
     /// Whether the weights are to change here.
     pub fn changes_weights(&self, step: u64) -> bool {
-        self.0.as_ref().is_some_and(|(_, at, what)| *what == What::Weights && *at == step)
+        self.is(What::Weights, step)
+    }
+
+    /// What this rank's gradient is multiplied by.
+    pub fn gradient_factor(&self, step: u64) -> f64 {
+        if self.is(What::Gradient, step) { f64::INFINITY } else { 1.0 }
+    }
+
+    fn is(&self, what: What, step: u64) -> bool {
+        self.0.as_ref().is_some_and(|(_, at, w)| *w == what && *at == step)
     }
 
     /// Fails if this is the place.
@@ -57,7 +69,7 @@ impl Fault {
             What::Hang => loop {
                 std::thread::park();
             },
-            What::Weights => {}
+            What::Weights | What::Gradient => {}
         }
     }
 }

@@ -52,6 +52,11 @@ fn folder(config: &RunConfig) -> PathBuf {
     beside.unwrap_or_default().join(".lokr-latents")
 }
 
+/// Whether all latents are encoded before the first step: not lazily, and not where each of several ranks keeps its own in memory.
+pub fn encodes_ahead(config: &RunConfig, ranks: usize) -> bool {
+    !config.cache.cache_latents_lazily && (ranks == 1 || config.cache.cache_latents_to_disk)
+}
+
 /// Encodes, before the first step, what the cache lacks; nothing with `cache_latents_lazily`. Of `ranks` that share a folder,
 /// each takes its part and does not wait for the others; where latents are in memory, ranks encode what they visit.
 /// Pictures that turn out broken are skipped; the dataset lists them.
@@ -66,10 +71,10 @@ pub fn encode_ahead(
     (rank, ranks): (usize, usize),
     observe: &mut Observer,
 ) -> Result<()> {
-    let c = &config.cache;
-    if c.cache_latents_lazily || (ranks > 1 && !c.cache_latents_to_disk) {
+    if !encodes_ahead(config, ranks) {
         return Ok(());
     }
+    let c = &config.cache;
     let keys: Vec<ItemKey> = dataset.latent_keys()?.skip(rank).step_by(ranks.max(1)).collect();
     for (number, chunk) in keys.chunks(CHUNK).enumerate() {
         let mut missing = dataset.missing_latents(cache, chunk)?;

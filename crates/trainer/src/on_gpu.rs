@@ -1,5 +1,5 @@
-//! The end of an optimizer step on a GPU, by the kernels of [`optim::cuda`]: the gradients' norm, and the update in place. What
-//! they compute is what `step.rs` computes on the CPU, bit for bit.
+//! The end of an optimizer step on a GPU: the gradients in one buffer for NCCL; and, by the kernels of [`optim::cuda`], their norm and
+//! the update in place. What those compute is what `step.rs` computes on the CPU, bit for bit.
 
 use std::cell::RefCell;
 
@@ -41,6 +41,39 @@ pub fn gradient_norm(kernels: &Kernels, grads: &[(usize, Tensor)]) -> Result<(f6
     }
     let (norm, bad) = kernels.norm(&sums).map_err(optim::Error::from)?;
     Ok((norm, bad.map(|piece| ends.partition_point(|&end| end <= piece))))
+}
+
+/// The parts of a bucket one after the other, for NCCL. The copies go to the stream on which the gradients are made.
+///
+/// # Errors
+/// If a gradient is not f32, or the device fails.
+#[cfg(feature = "nccl")]
+pub fn pack(
+    device: &candle_core::CudaDevice,
+    parts: &[crate::sum::Part],
+) -> TensorResult<candle_core::cuda::cudarc::driver::CudaSlice<f32>> {
+    let mut all = device.alloc_zeros::<f32>(parts.iter().map(|(numbers, _)| numbers).sum())?;
+    let mut at = 0;
+    for (numbers, gradient) in parts {
+        if let Some(gradient) = gradient {
+            let gradient = gradient.contiguous()?;
+            let (storage, layout) = gradient.storage_and_layout();
+            let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+                candle_core::bail!("a gradient is not on the GPU")
+            };
+            device.memcpy_dtod(&storage.as_cuda_slice::<f32>()?.slice(start..end), &mut all.slice_mut(at..at + numbers))?;
+        }
+        at += numbers;
+    }
+    Ok(all)
+}
+
+/// A buffer as a tensor, `(numbers)`.
+#[cfg(feature = "nccl")]
+pub fn tensor(numbers: candle_core::cuda::cudarc::driver::CudaSlice<f32>, device: &candle_core::CudaDevice) -> Tensor {
+    let n = numbers.len();
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(numbers, device.clone()));
+    Tensor::from_storage(storage, n, candle_core::op::BackpropOp::none(), false)
 }
 
 /// Steps parameter `index`, `value`, in place with the gradient `factor * grad`.

@@ -21,6 +21,7 @@ use crate::config::RunConfig;
 use crate::error::{Error, Result};
 use crate::fault::Fault;
 use crate::step::Trained;
+use crate::sum::Sum;
 
 /// How long ranks wait for work that only one of them does, or that takes as long as the data is large: previews, saves,
 /// latents. A rank that dies meanwhile is still noticed within seconds.
@@ -55,25 +56,41 @@ impl Ranks {
         Self { world: World::single(), group: ProcessGroup::Single, fault: Fault::default() }
     }
 
-    /// Meets the other processes of `world`. Recipe, data and base model must be the same everywhere.
+    /// Meets the other processes of `world`; those with GPUs also over NCCL, if it is built in. Recipe, data and base model must be the
+    /// same everywhere.
     ///
     /// # Errors
-    /// If ranks do not come, or were started for something else: the error names what differs.
-    pub fn meet(world: World, config: &RunConfig, dataset: String, base: String) -> Result<Self> {
+    /// If ranks do not come, or were started for something else: the error names what differs. If two have the same GPU.
+    pub fn meet(world: World, config: &RunConfig, dataset: String, base: String, device: &Device) -> Result<Self> {
         let fault = Fault::from_env(world.rank)?;
         fault.at("rendezvous", 0);
         let mut fingerprint = vec![("lokr".to_string(), env!("CARGO_PKG_VERSION").to_string())];
         fingerprint.extend(keys(&config.to_toml()));
         fingerprint.push(("the pictures and captions (fingerprint)".into(), dataset));
         fingerprint.push(("the base model (SHA-256)".into(), base));
+        fingerprint.push(("where gradients are summed".into(), place_of_sums(device).into()));
         let on_wait = |wait: &dist::Wait| tracing::warn!("{wait}");
         let mut options = dist::Options { fingerprint, on_wait: Some(Arc::new(on_wait)), ..Default::default() };
         if let Some(minutes) = config.train.ddp_timeout {
             options.deadline = Duration::from_secs_f64(minutes * 60.0);
             options.rendezvous = options.deadline;
         }
-        let group = ProcessGroup::join(&world, &options)?;
+        let group = match device {
+            #[cfg(feature = "nccl")]
+            Device::Cuda(gpu) if world.world_size > 1 => ProcessGroup::Nccl(dist::NcclGroup::join(&world, &options, gpu.cuda_stream())?),
+            _ => ProcessGroup::join(&world, &options)?,
+        };
         Ok(Self { world, group, fault })
+    }
+
+    /// What carries the gradients, for messages.
+    pub fn carrier(&self) -> &'static str {
+        match &self.group {
+            ProcessGroup::Single => "nothing",
+            ProcessGroup::Tcp(_) => "TCP",
+            #[cfg(feature = "nccl")]
+            ProcessGroup::Nccl(_) => "NCCL",
+        }
     }
 
     /// This process's number, from 0.
@@ -107,6 +124,28 @@ impl Ranks {
         let all = self.group.all_gather(name, &serde_json::to_vec(value).unwrap_or_default())?;
         let read = |bytes: &Vec<u8>| serde_json::from_slice(bytes).map_err(|e| broken(name, &e.to_string()));
         all.iter().map(read).collect()
+    }
+
+    /// For each place, whether any rank has something other than 0 there.
+    ///
+    /// # Errors
+    /// If a rank is lost, leaves or does not come.
+    pub fn which_have(&self, name: &str, own: &[u8]) -> Result<Vec<bool>> {
+        let all = self.group.all_gather(name, own)?;
+        Ok((0..own.len()).map(|place| all.iter().any(|of_rank| of_rank.get(place).is_some_and(|&flag| flag != 0))).collect())
+    }
+
+    /// Where sums are taken on a GPU, waits for it, so that the time of the sums can be told from that of the rest.
+    ///
+    /// # Errors
+    /// If the GPU fails.
+    pub fn wait_for_device(&self, trained: &[Trained]) -> Result<()> {
+        #[cfg(feature = "nccl")]
+        if let (ProcessGroup::Nccl(_), Some(t)) = (&self.group, trained.first()) {
+            t.parameter.tensor().device().synchronize()?;
+        }
+        let _ = trained;
+        Ok(())
     }
 
     /// Rank 0's bytes on all ranks; the others give none.
@@ -192,18 +231,20 @@ impl Ranks {
         Ok(())
     }
 
-    /// Milliseconds that the sum of `elements` numbers takes, the middle one of five sums after a first one that opens the
-    /// connections.
+    /// Milliseconds that the sum of buckets of `elements` numbers of `device` takes, the middle one of five sums after a first one that
+    /// opens the connections.
     ///
     /// # Errors
     /// As [`Ranks::gather`].
-    pub fn measure_sum(&self, elements: &[usize]) -> Result<f64> {
+    pub fn measure_sum(&self, elements: &[usize], device: &Device) -> Result<f64> {
         let mut times = Vec::new();
         for round in 0..6 {
             self.group.barrier("before a measured sum")?;
             let started = std::time::Instant::now();
-            let handles: Vec<_> = elements.iter().map(|&n| self.group.all_reduce_async("a measured sum", vec![0.0; n])).collect();
-            handles.into_iter().try_for_each(|handle| handle.wait().map(drop))?;
+            let begin = |&n: &usize| Sum::begin(&self.group, "a measured sum", &[(n, None)], device);
+            let sums = elements.iter().map(begin).collect::<candle_core::Result<Vec<_>>>()?;
+            sums.into_iter().try_for_each(|sum| sum.wait().map(drop))?;
+            device.synchronize()?;
             if round > 0 {
                 times.push(started.elapsed().as_secs_f64() * 1e3);
             }
@@ -237,6 +278,15 @@ fn adapter_bytes(trained: &[Trained]) -> Result<Vec<u8>> {
         all.extend(F32::new(&t.parameter.tensor().to_device(&Device::Cpu)?)?.iter().flat_map(|v| v.to_le_bytes()));
     }
     Ok(all)
+}
+
+/// Where the gradients of a rank with this device are summed; it must be the same on all.
+fn place_of_sums(device: &Device) -> &'static str {
+    match (device.is_cuda(), cfg!(feature = "nccl")) {
+        (true, true) => "GPUs, over NCCL",
+        (true, false) => "GPUs, over TCP (a program without NCCL)",
+        (false, _) => "CPUs, over TCP",
+    }
 }
 
 /// A message of another rank that cannot be understood. Ranks of one build, which the meeting makes sure of, send none.

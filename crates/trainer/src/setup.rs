@@ -54,6 +54,8 @@ pub struct Sources {
     pub hash: ModelHash,
     /// Pictures that were found and cannot be used, as their headers or captions show.
     pub left_out: usize,
+    /// Where the run computes.
+    pub device: Device,
 }
 
 /// Checks the recipe, lists the pictures and opens the base model's files.
@@ -72,10 +74,10 @@ pub fn open(config: &RunConfig, observe: &mut Observer) -> Result<Sources> {
     let checkpoint = base::open_checkpoint(&config.model, config.train.compat == Some(Compat::SdScripts))?;
     let device = device::choose(config.train.device)?;
     precision::check_compute(&config.train, &device)?;
-    let checkpoint = checkpoint.with_device(device);
+    let checkpoint = checkpoint.with_device(device.clone());
     let hash = checkpoint.hash()?;
     let left_out = report.broken_images.count + report.broken_captions.count;
-    Ok(Sources { dataset, checkpoint, hash, left_out })
+    Ok(Sources { dataset, checkpoint, hash, left_out, device })
 }
 
 /// Builds all parts and tells what was derived.
@@ -171,10 +173,12 @@ pub fn make_ready(
     ranks.check_equal(trained, optimizer, step)?;
     if ranks.count() > 1 {
         let lengths = buckets.lengths();
-        let millis = ranks.measure_sum(&lengths)?;
+        let device = trained.first().map_or(Device::Cpu, |t| t.parameter.tensor().device().clone());
+        let millis = ranks.measure_sum(&lengths, &device)?;
         observe(Event::Note(format!(
-            "{} processes over TCP: {:.2} MB of gradients per step in {} buckets, summed in {millis:.2} ms (measured)",
+            "{} processes over {}: {:.2} MB of gradients per step in {} buckets, summed in {millis:.2} ms (measured)",
             ranks.count(),
+            ranks.carrier(),
             lengths.iter().sum::<usize>() as f64 * 4.0 / 1e6,
             lengths.len(),
         )));

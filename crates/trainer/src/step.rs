@@ -1,7 +1,7 @@
 //! Forward and backward of one micro-batch, and the update that ends an optimizer step.
 
 use candle_core::{DType, Device, Tensor};
-use diffusion::{BatchNoise, LossConfig, Prediction, Schedule};
+use diffusion::{BatchNoise, LossConfig, PendingLoss, Prediction, Schedule};
 use lokr::ParameterGroup;
 use ops::{F32, OnGradient, Parameter, Value};
 use optim::{Optimizer, clip};
@@ -71,12 +71,8 @@ impl Objective {
 pub struct Forward {
     /// The prediction, `(n, 4, h, w)`, on the tape.
     pub prediction: Value,
-    /// Loss of each sample, weighted.
-    pub per_sample: Vec<f64>,
-    /// Mean of `per_sample`.
-    pub loss: f64,
-    /// Mean loss before the weights by timestep.
-    pub unweighted: f64,
+    /// The loss of each sample.
+    pub loss: PendingLoss,
     /// d loss / d prediction.
     pub gradient: Tensor,
 }
@@ -99,25 +95,55 @@ fn forward_in(model: &Sdxl, objective: &Objective, batch: &MicroBatch) -> Result
     let vector = added_condition(&text.pooled, &batch.time_ids)?;
     let t = Tensor::from_vec(timesteps.iter().map(|&t| t as f32).collect::<Vec<_>>(), timesteps.len(), noisy.device())?;
     let prediction = model.unet.forward(&Value::constant(noisy), &t, &text.context, &vector, checkpointing)?;
-    let loss = objective.loss.loss(&objective.schedule, prediction.tensor(), &target, timesteps, None, None)?;
-    let unweighted = loss.unweighted.iter().sum::<f64>() / batch.len().max(1) as f64;
-    Ok(Forward { prediction, per_sample: loss.per_sample, loss: loss.loss, unweighted, gradient: loss.gradient })
+    let (loss, gradient) = objective.loss.pending_loss(&objective.schedule, prediction.tensor(), &target, timesteps, None, None)?;
+    Ok(Forward { prediction, loss, gradient })
 }
 
 /// Forward and backward of one micro-batch; `share` of its gradient is added to the parameters' gradients. `share` is
 /// its part of the step's samples, so that a short last batch counts by its samples, times the loss scale. `on_gradient` is told of each gradient
-/// that was added. Gives the loss of each sample.
+/// that was added. Gives the loss, which [`read_losses`] looks at when the step's micro-batches are all under way: until then nothing
+/// waits for a GPU. A loss that is no number makes gradients that are none; the caller sees it and withholds the step.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn begin_micro_step(
+    model: &Sdxl,
+    objective: &Objective,
+    batch: &MicroBatch,
+    share: f64,
+    on_gradient: &mut OnGradient,
+) -> Result<PendingLoss> {
+    let Forward { prediction, loss, gradient } = forward(model, objective, batch)?;
+    let root = vec![(prediction, (gradient * share)?)];
+    ops::with_bf16(objective.bf16, || ops::backward_with(root, on_gradient))?;
+    Ok(loss)
+}
+
+/// [`begin_micro_step`] for one micro-batch by itself. Gives the loss of each sample.
 ///
 /// # Errors
 /// If shapes do not fit.
 pub fn micro_step(model: &Sdxl, objective: &Objective, batch: &MicroBatch, share: f64, on_gradient: &mut OnGradient) -> Result<Vec<f64>> {
-    let forward = forward(model, objective, batch)?;
-    // A loss that is no number has no gradient worth adding; the caller sees it and withholds the step.
-    if forward.loss.is_finite() {
-        let root = vec![(forward.prediction, (forward.gradient * share)?)];
-        ops::with_bf16(objective.bf16, || ops::backward_with(root, on_gradient))?;
+    let loss = begin_micro_step(model, objective, batch, share, on_gradient)?;
+    Ok(loss.weighted(&loss.read()?))
+}
+
+/// Losses of the samples of several micro-batches, in one copy to the host.
+///
+/// # Errors
+/// If the device fails.
+pub fn read_losses(losses: &[PendingLoss]) -> Result<Vec<Vec<f64>>> {
+    if losses.is_empty() {
+        return Ok(Vec::new());
     }
-    Ok(forward.per_sample)
+    let all: Vec<f64> = Tensor::cat(&losses.iter().map(|l| &l.unweighted).collect::<Vec<_>>(), 0)?.to_vec1()?;
+    let mut rest = all.as_slice();
+    let split = losses.iter().map(|loss| {
+        let (own, after) = rest.split_at(loss.weights.len().min(rest.len()));
+        rest = after;
+        loss.weighted(own)
+    });
+    Ok(split.collect())
 }
 
 /// Names the first value of a forward pass that is no number: latents, text, a block of the UNet, or the loss.

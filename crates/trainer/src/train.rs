@@ -18,6 +18,7 @@ use crate::event::{Event, Observer, Phases, StepReport};
 use crate::interrupt::Interrupt;
 use crate::precision::{self, Verdict};
 use crate::ranks::Ranks;
+use crate::rehearsal;
 use crate::resume;
 use crate::setup::{self, Parts};
 use crate::step::{self, Objective, Trained};
@@ -84,7 +85,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     };
     let sources = setup::open(config, observe)?;
     let (left_out, loaders) = (sources.left_out, data::loader_threads(config, world.local_world_size));
-    let ranks = Ranks::meet(world, config, sources.dataset.fingerprint(), sources.hash.sha256.clone())?;
+    let ranks = Ranks::meet(world, config, sources.dataset.fingerprint(), sources.hash.sha256.clone(), &sources.device)?;
     let found = ranks.value_of_first("checkpoint to go on from", found)?;
     let recipe = config.to_toml();
     let mut config = config.clone();
@@ -137,6 +138,9 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         if state.step > 0 {
             outputs.complete(&network, state.step, state.step == timeline.total_steps, &model, observe)?;
         }
+    }
+    if let Some(tried) = rehearsal::largest_batch(&config, ranks.count(), &data, &model, &objective, &trained)? {
+        observe(Event::Note(tried));
     }
     let mut buckets = Buckets::new(&trained, config.train.ddp_bucket_cap_mb);
     setup::make_ready(&ranks, &trained, &optimizer, &buckets, state.step, observe)?;
@@ -216,7 +220,7 @@ fn train_step(
     let samples = data.samples_of(state.step)?;
     let scale = precision::loss_scale(state);
     let (mut loss, mut seen, mut replaced, mut phases) = (0.0, Vec::new(), 0, Phases::default());
-    let mut first_bad = None;
+    let (mut losses, mut numbers) = (Vec::new(), Vec::new());
     let turns = data.timeline.accumulation;
     for turn in 0..turns {
         let waiting = Instant::now();
@@ -224,22 +228,32 @@ fn train_step(
         let Some(prepared) = next.transpose()? else { continue };
         seen.extend_from_slice(&prepared.samples);
         replaced += prepared.replaced;
+        numbers.extend(data.timeline.batch_of(state.step, turn, ranks.rank() as u64));
         let batch = data.finish(prepared, &model.vae)?;
         phases.data += waiting.elapsed().as_secs_f64();
         let computing = Instant::now();
         ranks.fault.at("forward", state.step);
         buckets.begin_pass();
         let last = turn + 1 == turns || data.timeline.batch_of(state.step, turn + 1, ranks.rank() as u64).is_none();
-        let share = batch.len() as f64 / samples as f64 * scale;
+        let share = batch.len() as f64 / samples as f64 * scale * ranks.fault.gradient_factor(state.step);
         let on_gradient = &mut |parameter: &_| buckets.gradient_added(ranks, trained, parameter, last);
-        let per_sample = step::micro_step(model, objective, &batch, share, on_gradient)?;
+        losses.push(step::begin_micro_step(model, objective, &batch, share, on_gradient)?);
+        phases.compute += computing.elapsed().as_secs_f64();
+    }
+    // The first look at the window's losses: until here a GPU was given work and not waited for.
+    let computing = Instant::now();
+    let mut first_bad = None;
+    for (per_sample, &number) in step::read_losses(&losses)?.iter().zip(&numbers) {
         let share = per_sample.iter().sum::<f64>() / samples as f64;
         if !share.is_finite() && first_bad.is_none() {
+            // The batch comes out of the plan again as it was.
+            let batch = data.finish(data.prepare(number)?, &model.vae)?;
             first_bad = Some(step::locate_non_finite(model, objective, &batch)?);
         }
         loss += share;
-        phases.compute += computing.elapsed().as_secs_f64();
     }
+    drop(losses);
+    phases.compute += computing.elapsed().as_secs_f64();
     phases.reduce = buckets.finish(ranks, trained, state.step)?;
     let shares = ranks.gather("loss of the step", &Share { loss: loss.to_bits(), replaced, first_bad, phases })?;
     // The same number on all ranks, and so is the norm: what follows from them is decided by all alike.

@@ -96,7 +96,8 @@ impl Validation {
                     chunks: self.chunks,
                     time_ids: picture.time_ids.clone(),
                 };
-                sum += ops::no_grad(|| step::forward(model, objective, &batch))?.unweighted;
+                // One picture, and its own loss.
+                sum += ops::no_grad(|| step::forward(model, objective, &batch))?.loss.read()?.iter().sum::<f64>();
             }
         }
         Ok(sum / (self.pictures.len() * self.timesteps.len()).max(1) as f64)
