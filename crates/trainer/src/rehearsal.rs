@@ -2,6 +2,7 @@
 //! is the system's, nothing happens.
 
 use candle_core::{DType, Tensor};
+use optim::Optimizer;
 use sdxl::Sdxl;
 
 use crate::config::RunConfig;
@@ -9,6 +10,16 @@ use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::latents;
 use crate::step::{self, Objective, Trained};
+
+/// Bytes that the optimizer will take on the GPU and has not taken yet, before step `step` (counted from 0).
+pub fn state_to_come(optimizer: &Optimizer, step: u64) -> usize {
+    #[cfg(feature = "cuda")]
+    if step == 0 && optimizer.kernels().is_some() {
+        return optimizer.state_bytes();
+    }
+    let _ = (optimizer, step);
+    0
+}
 
 /// Runs forward and backward of the largest batch and throws the gradients away. Nothing of the run's state changes. Gives the line
 /// that says what was tried, if anything was.
@@ -22,6 +33,7 @@ pub fn largest_batch(
     model: &Sdxl,
     objective: &Objective,
     trained: &[Trained],
+    state_to_come: usize,
 ) -> Result<Option<String>> {
     if model.device().is_cpu() {
         return Ok(None);
@@ -29,6 +41,8 @@ pub fn largest_batch(
     let Some(((width, height), batch)) = data.largest_batch(&model.vae)? else { return Ok(None) };
     let n = batch.len();
     let run = || -> Result<()> {
+        // The optimizer makes its state in the first update, and all later batches have it beside them.
+        let _state = Tensor::zeros(state_to_come.max(1), DType::U8, model.device())?;
         // Pictures that are encoded when they are visited: all of a batch, or, with a cache, one at a time.
         let encoded = if !data.caches_latents() { n } else { usize::from(!latents::encodes_ahead(config, ranks)) };
         if encoded > 0 {
