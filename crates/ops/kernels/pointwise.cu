@@ -24,18 +24,18 @@ template <class T> __device__ void activate_grad(long long n, int kind, const T 
     if (i < n) dx[i] = narrow<T>(wide(dy[i]) * activation_grad(kind, wide(x[i])));
 }
 
-// Two neighbours a thread; d is even. x is (rows, 2 d), y (rows, d): grid (d / 512, rows), 256 threads.
+// Two neighbours a thread; d is even. x is (rows, 2 d), y (rows, d): grid (rows, d / 512), 256 threads.
 template <class T> __device__ void geglu(int d, const T *x, T *y) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 2;
-    long long row = blockIdx.y;
+    int i = (blockIdx.y * blockDim.x + threadIdx.x) * 2;
+    long long row = blockIdx.x;
     if (i >= d) return;
     const T *h = x + row * 2 * d + i, *gate = h + d;
     for (int e = 0; e < 2; e++) y[row * d + i + e] = narrow<T>(wide(h[e]) * gelu(wide(gate[e])));
 }
 
 template <class T> __device__ void geglu_grad(int d, const T *x, const T *dy, T *dx) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 2;
-    long long row = blockIdx.y;
+    int i = (blockIdx.y * blockDim.x + threadIdx.x) * 2;
+    long long row = blockIdx.x;
     if (i >= d) return;
     const T *h = x + row * 2 * d + i, *gate = h + d;
     T *dh = dx + row * 2 * d + i, *dgate = dh + d;

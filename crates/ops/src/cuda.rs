@@ -198,7 +198,7 @@ pub(crate) unsafe fn launch(mut arguments: LaunchArgs, grid: (usize, usize, usiz
     Ok(())
 }
 
-/// Whether sizes and offsets fit the kernels' 32-bit counts.
+/// Sizes as the kernels count them, in 32 bits; `None` if one is larger.
 pub(crate) fn counts(sizes: &[usize]) -> Option<Vec<i32>> {
     sizes.iter().map(|&n| i32::try_from(n).ok()).collect()
 }

@@ -30,9 +30,9 @@ pub(crate) fn activate_grad(device: &CudaDevice, kind: Kind, x: &Tensor, dy: &Te
     Ok(dx)
 }
 
-/// Whether the kernels serve GEGLU of this shape: an even half width, and rows that a grid can count.
+/// Whether the kernels serve GEGLU of this shape: an even half width, and sizes that a grid can count.
 pub(crate) fn serves_geglu(rows: usize, d: usize) -> bool {
-    d.is_multiple_of(2) && rows > 0 && rows <= 65535
+    d.is_multiple_of(2) && d.div_ceil(2 * THREADS) < 65536 && i32::try_from(rows).is_ok()
 }
 
 /// `x (rows, 2 d)` to `(rows, d)`, contiguous.
@@ -43,7 +43,7 @@ pub(crate) fn geglu(device: &CudaDevice, x: &Tensor, (rows, d): (usize, usize), 
     let mut arguments = f.builder();
     arguments.arg(&width).arg(&xa).arg(&ya);
     // SAFETY: rows below `rows` of 2 d and of d values; d is even, so a thread's two neighbours lie in it.
-    unsafe { launch(arguments, (d.div_ceil(2 * THREADS), rows, 1), THREADS)? };
+    unsafe { launch(arguments, (rows, d.div_ceil(2 * THREADS), 1), THREADS)? };
     Ok(y)
 }
 
@@ -55,7 +55,7 @@ pub(crate) fn geglu_grad(device: &CudaDevice, x: &Tensor, dy: &Tensor, (rows, d)
     let mut arguments = f.builder();
     arguments.arg(&width).arg(&xa).arg(&ga).arg(&dxa);
     // SAFETY: as in `geglu`.
-    unsafe { launch(arguments, (d.div_ceil(2 * THREADS), rows, 1), THREADS)? };
+    unsafe { launch(arguments, (rows, d.div_ceil(2 * THREADS), 1), THREADS)? };
     Ok(dx)
 }
 
