@@ -10,9 +10,9 @@ base=${2:-target/bench-models}/sdxl.safetensors
 python=${3:-python3}
 [ -e "$base" ] || "$lokr" init-base --config sdxl --seed 0 --out "$base"
 set -- --config configs/kohaku-xl-epsilon.toml --set "model.base='$base'" --set train.initial_loss_scale=1024
-"$lokr" check-gpu "$@" | sed -n '/^A step/,/^most/p'
+"$lokr" check-gpu "$@" | sed -n '/^A step/,/^what/p'
 "$lokr" check-gpu "$@" --set network.preset=full --set network.train_norm=false --set network.train_text_encoder=false --set train.max_token_length=75 |
-    sed -n '/^A step/,/^most/p'
+    sed -n '/^A step/,/^what/p'
 if "$python" -c 'import lycoris, torch' 2>/dev/null; then
     PYTHONDONTWRITEBYTECODE=1 "$python" benches/torch/gpu.py
 else

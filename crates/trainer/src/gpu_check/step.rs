@@ -45,6 +45,8 @@ pub(super) fn compare(device: &Device, config: &RunConfig, report: &mut Report) 
         let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
         let line = format!("{:>9.2} GiB, {:.2} GiB with what the driver keeps", gib(used), gib(reserved));
         report.line(&format!("{:<44} {line}", "most memory that tensors held"));
+        let planned = crate::plan::gpu_step_bytes(config, (side as u32, side as u32, batch))?;
+        report.line(&format!("{:<44} {:>9.2} GiB", "what `lokr plan` says of that", gib(planned)));
     }
     Ok(())
 }

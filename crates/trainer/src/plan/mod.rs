@@ -5,24 +5,21 @@
 //! what the program itself takes is a measured allowance ([`OVERHEAD`]).
 
 mod device;
+mod inputs;
 mod network;
 mod tape;
 mod text;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::path::Path as FilePath;
 use std::rc::Rc;
 
 use candle_core::DType;
-use dataset::Dataset;
 use lokr::functional::Path;
 use lokr::{ParameterGroup, PlannedKind, PlannedModule, Preset, Trees};
 use optim::Optimizer;
 use sdxl::Sdxl;
-use sdxl::checkpoint::{Checkpoint, Shapes};
 use sdxl::layers::{Leaf, ModuleTree};
-use storage::safetensors::Dtype;
 
 pub use device::Device;
 use network::{Adapted, Layer, Net};
@@ -30,7 +27,7 @@ use tape::{Meter, Speed, backward};
 pub use text::Report;
 
 use crate::base;
-use crate::config::{Compat, ConfigError, MixedPrecision, RunConfig, SavePrecision};
+use crate::config::{ConfigError, MixedPrecision, RunConfig, SavePrecision};
 use crate::data::chunks;
 use crate::error::Result;
 use crate::timeline::Timeline;
@@ -126,6 +123,22 @@ struct Model {
 }
 
 impl Model {
+    /// The model that a recipe trains, its weights not read.
+    fn new(config: &RunConfig, notes: &mut Vec<String>) -> Result<Self> {
+        let checkpoint = inputs::checkpoint(config, notes)?;
+        let sdxl = base::load_for_training(config, &checkpoint)?;
+        let adapted = |group| base::learning_rate(config, group) > 0.0;
+        let trees = Trees {
+            te1: adapted(ParameterGroup::TextEncoder1).then_some(&sdxl.te1.tree),
+            te2: adapted(ParameterGroup::TextEncoder2).then_some(&sdxl.te2.tree),
+            unet: adapted(ParameterGroup::Unet).then_some(&sdxl.unet.tree),
+        };
+        let adapter = config.adapter(Preset::load(&config.network.preset)?);
+        let (modules, unmatched) = lokr::plan(&adapter, trees)?;
+        notes.extend(unmatched.iter().map(|p| format!("the preset's {p} matches nothing in this model")));
+        Ok(Self { sdxl, modules, path: adapter.path })
+    }
+
     fn tree(&self, group: ParameterGroup) -> &ModuleTree {
         match group {
             ParameterGroup::TextEncoder1 => &self.sdxl.te1.tree,
@@ -185,23 +198,13 @@ fn weight_bytes(tree: &ModuleTree) -> u64 {
 pub fn plan(config: &RunConfig, request: &Request) -> Result<Plan> {
     config.check().map_err(ConfigError::Problems)?;
     let mut notes = Vec::new();
-    let checkpoint = checkpoint(config, &mut notes)?;
-    let sdxl = base::load_for_training(config, &checkpoint)?;
-    let adapted = |group| base::learning_rate(config, group) > 0.0;
-    let trees = Trees {
-        te1: adapted(ParameterGroup::TextEncoder1).then_some(&sdxl.te1.tree),
-        te2: adapted(ParameterGroup::TextEncoder2).then_some(&sdxl.te2.tree),
-        unet: adapted(ParameterGroup::Unet).then_some(&sdxl.unet.tree),
-    };
-    let adapter = config.adapter(Preset::load(&config.network.preset)?);
-    let (modules, unmatched) = lokr::plan(&adapter, trees)?;
-    notes.extend(unmatched.iter().map(|p| format!("the preset's {p} matches nothing in this model")));
-    let model = Model { sdxl, modules, path: adapter.path };
-    let (largest, timeline) = data(config, &mut notes)?;
+    let model = Model::new(config, &mut notes)?;
+    let (largest, timeline) = inputs::data(config, &mut notes)?;
     let half = config.train.mixed_precision != MixedPrecision::No;
     let speed = request.device.speed(half, request.tflops, request.bandwidth)?;
     let run = Run { config, model: &model, device: request.device, half, largest };
-    let (memory, flops, seconds, taken) = run.measure(speed, timeline);
+    let (moments, flops, seconds, taken) = run.measure(speed, timeline);
+    let memory = moments.into_iter().max_by_key(Memory::total).unwrap_or_default();
     let parameters = model.modules.iter().map(PlannedModule::parameters).sum();
     let size = if config.output.save_precision == SavePrecision::Float { 4 } else { 2 };
     let alphas = model.modules.iter().filter(|m| matches!(m.kind, PlannedKind::Lokr { .. })).count();
@@ -222,38 +225,17 @@ pub fn plan(config: &RunConfig, request: &Request) -> Result<Plan> {
     })
 }
 
-/// The base model's shapes.
-fn checkpoint(config: &RunConfig, notes: &mut Vec<String>) -> Result<Checkpoint> {
-    let path: &FilePath = &config.model.base;
-    if path.exists() {
-        let untransposed = config.train.compat == Some(Compat::SdScripts);
-        return Ok(base::open_checkpoint(&config.model, untransposed)?.without_weights());
-    }
-    notes.push(format!("`{}` is not there: planned with the shapes of SDXL, weights in f16", path.display()));
-    let described = Checkpoint::described(path, &Shapes::sdxl(), Dtype::F16)?;
-    let dims = config.model.head_dims(described.head_dims()?);
-    Ok(described.with_head_dims(dims))
-}
-
-/// The batch with the most pixels, and the run's steps.
-fn data(config: &RunConfig, notes: &mut Vec<String>) -> Result<((u32, u32, usize), Option<Timeline>)> {
-    let t = &config.train;
-    let timeline = |batches| Timeline::new(batches, t.gradient_accumulation_steps as u64, 1, t.max_train_steps, t.max_train_epochs);
-    match Dataset::open(&config.dataset) {
-        Ok((dataset, _)) => {
-            let samples = |visits: u64| t.batch_size.min(visits as usize).max(1);
-            let batches = dataset.bucket_counts().into_iter().map(|c| (c.size.0, c.size.1, samples(c.visits)));
-            let largest = batches.max_by_key(|&(w, h, n)| (u64::from(w) * u64::from(h) * n as u64, w));
-            let (w, h) = config.dataset.resolution;
-            let batches = dataset.plan(t.seed, 0, t.batch_size)?.len() as u64;
-            Ok((largest.unwrap_or((w, h, t.batch_size)), Some(timeline(batches))))
-        }
-        Err(error) => {
-            let (w, h) = config.dataset.resolution;
-            notes.push(format!("the pictures cannot be opened ({error}): planned for batches of {} at {w}x{h}", t.batch_size));
-            Ok(((w, h, t.batch_size), t.max_train_steps.map(|_| timeline(0))))
-        }
-    }
+/// Bytes that forward and backward of one batch (width, height, pictures) take on a GPU, between two steps, with nothing else of the run.
+///
+/// # Errors
+/// If the base or the preset cannot be read.
+pub(crate) fn gpu_step_bytes(config: &RunConfig, largest: (u32, u32, usize)) -> Result<u64> {
+    let mut config = config.clone();
+    (config.train.gradient_accumulation_steps, config.cache.cache_latents) = (1, true);
+    let model = Model::new(&config, &mut Vec::new())?;
+    let half = config.train.mixed_precision != MixedPrecision::No;
+    let run = Run { config: &config, model: &model, device: Device::named("h100")?, half, largest };
+    Ok(run.measure(None, None).0.first().map_or(0, Memory::total))
 }
 
 /// A run to be measured.
@@ -327,7 +309,8 @@ impl Run<'_> {
         if self.device.is_cpu() { FREED * meter.largest() } else { 0 }
     }
 
-    fn measure(&self, speed: Option<Speed>, timeline: Option<Timeline>) -> (Memory, f64, Option<f64>, Taken) {
+    /// Memory at each moment of the run, FLOPs and least seconds of a step, and the paths that layers take.
+    fn measure(&self, speed: Option<Speed>, timeline: Option<Timeline>) -> (Vec<Memory>, f64, Option<f64>, Taken) {
         let t = &self.config.train;
         let (first, taken) = self.micro_steps(speed, 1);
         let accumulation = t.gradient_accumulation_steps;
@@ -374,10 +357,9 @@ impl Run<'_> {
                 Memory { optimizer: state, gradients, activations: encoding, when: "encoding pictures", ..base }
             }
         });
-        let memory = moments.into_iter().max_by_key(Memory::total).unwrap_or(base);
         // What the update reads and writes: master, gradient and state.
         let update = speed.map(|s| (3 * masters + masters + 2 * optimizer) as f64 / (s.bandwidth * 1e9));
         let seconds = first.seconds().zip(update).map(|(micro, update)| micro * accumulation as f64 + update);
-        (memory, first.flops() * accumulation as f64, seconds, taken)
+        (moments, first.flops() * accumulation as f64, seconds, taken)
     }
 }
