@@ -124,3 +124,22 @@ fn a_rank_that_left_is_named() {
     let error = errors[0].as_ref().expect("rank 0 waited");
     assert!(matches!(error, Error::Failed { .. }) && error.to_string().contains("rank 1"), "{error}");
 }
+
+#[test]
+fn a_rank_alone_sums_with_itself_in_place_and_behind_the_backward_pass() {
+    if !enough(1) {
+        return;
+    }
+    scoped(nccl_group(1), |group| {
+        let stream = group.stream().clone();
+        let values: Vec<f32> = (0..100_003).map(|i| i as f32).collect();
+        let mut buffer = stream.clone_htod(&values).unwrap();
+        group.all_reduce_sum("alone", &mut buffer).unwrap();
+        group.broadcast("alone", &mut buffer, 0).unwrap();
+        let handles: Vec<_> = (0..4).map(|i| group.all_reduce_async(&format!("bucket {i}"), stream.clone_htod(&values).unwrap())).collect();
+        assert_eq!(stream.clone_dtoh(&buffer).unwrap(), values);
+        for handle in handles {
+            assert_eq!(stream.clone_dtoh(&handle.wait().unwrap()).unwrap(), values);
+        }
+    });
+}
