@@ -252,8 +252,7 @@ type Taken = HashMap<(ParameterGroup, String), (u64, Path)>;
 
 impl Run<'_> {
     fn meter(&self, speed: Option<Speed>) -> Rc<Meter> {
-        // Kernels serve f32 on the CPU, and half precision on GPUs.
-        Meter::new(if self.half { 2 } else { 4 }, self.device.is_cpu() == self.half, speed)
+        Meter::new(if self.half { 2 } else { 4 }, !self.device.is_cpu(), speed)
     }
 
     fn net(&self, meter: &Rc<Meter>, layers: HashMap<String, Layer>, compute: DType) -> Rc<Net> {

@@ -69,8 +69,8 @@ impl Net {
             (false, _) => (4 * weight, if l.stored == self.compute { 0 } else { m.element * weight }),
         };
         let (out, macs) = (rows * l.out, (rows * weight) as f64);
-        // The flipped copy that a convolution's input gradient takes.
-        let flipped = if l.area > 1 && !fused { m.element * weight } else { 0 };
+        // The flipped copy that a convolution's input gradient takes; cuDNN takes none.
+        let flipped = if l.area > 1 && m.half_on_cpu { m.element * weight } else { 0 };
         // The patches that candle's convolution gathers on a CPU.
         let patches = if m.half_on_cpu && l.area > 1 { m.element * rows * l.inp.max(l.out) * l.area } else { 0 };
         let plain = Work { macs, elements: (x.elements + out) as f64, weights: (weight * l.stored.size_in_bytes() as u64) as f64 };

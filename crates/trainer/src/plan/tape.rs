@@ -54,7 +54,8 @@ impl Meter {
         let half_on_cpu = element < 4 && !on_gpu;
         Rc::new(Self {
             element,
-            composed: on_gpu || half_on_cpu,
+            // Kernels serve f32 on the CPU, and half precision on GPUs.
+            composed: on_gpu == (element == 4),
             half_on_cpu,
             speed,
             live: Cell::new(0),
