@@ -71,11 +71,11 @@ fn reason(error: &candle_core::Error) -> String {
 
 /// An error of the GPU's driver in a user's words, with the way out; any other error as it is.
 pub fn explain(error: Error) -> Error {
-    let text = match &error {
-        Error::Tensor(e) => e.to_string(),
-        Error::Optim(e) => e.to_string(),
-        _ => return error,
-    };
+    if matches!(error, Error::Refused { .. }) {
+        return error;
+    }
+    // Each part of a run wraps the driver's error in its own.
+    let text = error.to_string();
     let Some(at) = text.find("CUDA_ERROR_") else { return error };
     let code: String = text[at..].chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect();
     if code == "CUDA_ERROR_OUT_OF_MEMORY" {

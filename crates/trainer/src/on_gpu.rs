@@ -84,6 +84,15 @@ pub fn step(optimizer: &mut Optimizer, index: usize, value: &Tensor, grad: &Tens
     Ok(value.inplace_op2(&grad.contiguous()?, &Step { optimizer: RefCell::new(optimizer), index, factor, lr })?)
 }
 
+/// Zero states for all parameters, as the first update makes them; none for an optimizer that is stepped on the host.
+///
+/// # Errors
+/// If memory is short.
+pub fn spare_states(optimizer: &Optimizer, trained: &[crate::step::Trained]) -> TensorResult<Vec<optim::cuda::DeviceLion8bit>> {
+    let Some(kernels) = optimizer.kernels() else { return Ok(Vec::new()) };
+    trained.iter().map(|t| kernels.state(t.parameter.tensor().elem_count()).map_err(candle_core::Error::wrap)).collect()
+}
+
 struct Step<'a> {
     optimizer: RefCell<&'a mut Optimizer>,
     index: usize,

@@ -11,18 +11,8 @@ use crate::error::{Error, Result};
 use crate::latents;
 use crate::step::{self, Objective, Trained};
 
-/// Bytes that the optimizer will take on the GPU and has not taken yet, before step `step` (counted from 0).
-pub fn state_to_come(optimizer: &Optimizer, step: u64) -> usize {
-    #[cfg(feature = "cuda")]
-    if step == 0 && optimizer.kernels().is_some() {
-        return optimizer.state_bytes();
-    }
-    let _ = (optimizer, step);
-    0
-}
-
 /// Runs forward and backward of the largest batch and throws the gradients away. Nothing of the run's state changes. Gives the line
-/// that says what was tried, if anything was.
+/// that says what was tried, if anything was. `stateless` is the optimizer if it has no state yet.
 ///
 /// # Errors
 /// [`Error::Refused`] naming the batch and the keys that make it smaller, if it does not fit.
@@ -33,7 +23,7 @@ pub fn largest_batch(
     model: &Sdxl,
     objective: &Objective,
     trained: &[Trained],
-    state_to_come: usize,
+    stateless: Option<&Optimizer>,
 ) -> Result<Option<String>> {
     if model.device().is_cpu() {
         return Ok(None);
@@ -42,7 +32,10 @@ pub fn largest_batch(
     let n = batch.len();
     let run = || -> Result<()> {
         // The optimizer makes its state in the first update, and all later batches have it beside them.
-        let _state = Tensor::zeros(state_to_come.max(1), DType::U8, model.device())?;
+        #[cfg(feature = "cuda")]
+        let _states = stateless.map(|optimizer| crate::on_gpu::spare_states(optimizer, trained)).transpose()?;
+        #[cfg(not(feature = "cuda"))]
+        let _ = stateless;
         // Pictures that are encoded when they are visited: all of a batch, or, with a cache, one at a time.
         let encoded = if !data.caches_latents() { n } else { usize::from(!latents::encodes_ahead(config, ranks)) };
         if encoded > 0 {
@@ -63,11 +56,7 @@ pub fn largest_batch(
 
 /// An error for want of memory, with the batch and what makes it smaller; any other as it is.
 fn explain(error: Error, config: &RunConfig, (n, width, height): (usize, u32, u32)) -> Error {
-    let text = match &error {
-        Error::Tensor(e) => e.to_string(),
-        Error::Optim(e) => e.to_string(),
-        _ => return error,
-    };
+    let text = error.to_string();
     // The driver's word, and those of cuBLAS and cuDNN.
     let Some(code) =
         ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"].into_iter().find(|c| text.contains(c))

@@ -139,8 +139,8 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
             outputs.complete(&network, state.step, state.step == timeline.total_steps, &model, observe)?;
         }
     }
-    let to_come = rehearsal::state_to_come(&optimizer, state.step);
-    if let Some(tried) = rehearsal::largest_batch(&config, ranks.count(), &data, &model, &objective, &trained, to_come)? {
+    let stateless = (state.step == 0).then_some(&optimizer);
+    if let Some(tried) = rehearsal::largest_batch(&config, ranks.count(), &data, &model, &objective, &trained, stateless)? {
         observe(Event::Note(tried));
     }
     let mut buckets = Buckets::new(&trained, config.train.ddp_bucket_cap_mb);
