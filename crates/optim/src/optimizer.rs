@@ -176,7 +176,7 @@ impl Optimizer {
             match state {
                 None => {}
                 #[cfg(feature = "cuda")]
-                Some(State::OnDevice(state)) => tensors.extend(self.from_device(state, name)?),
+                Some(State::OnDevice(state)) => tensors.extend(self.read_device(state, name)?),
                 Some(State::Lion(m) | State::Lion8bit(Lion8bit::F32(m))) => tensors.push(StateTensor::f32(name("state1"), m)),
                 Some(State::Lion8bit(Lion8bit::Blockwise { codes, absmax })) => {
                     tensors.push(StateTensor::u8(name("state1"), codes));
@@ -309,7 +309,7 @@ mod device {
             states.into_iter().map(upload).collect()
         }
 
-        pub(super) fn from_device(
+        pub(super) fn read_device(
             &self,
             state: &crate::cuda::DeviceLion8bit,
             name: impl Fn(&str) -> String,

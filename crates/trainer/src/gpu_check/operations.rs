@@ -209,7 +209,9 @@ pub(super) fn compare_optimizer(device: &Device, report: &mut Report) -> Result<
     use optim::{Hyper, Optimizer, OptimizerKind};
 
     let sizes = [100usize, 4095, 4096, 5003, 1_000_001];
-    let run = |device: &Device| -> Result<(Vec<f64>, Vec<Vec<f32>>, Vec<Vec<u8>>)> {
+    /// Norms, parameters, states.
+    type Steps = (Vec<f64>, Vec<Vec<f32>>, Vec<Vec<u8>>);
+    let run = |device: &Device| -> Result<Steps> {
         let make = |i: usize, n: usize| -> candle_core::Result<Trained> {
             Ok(Trained { group: ParameterGroup::Unet, parameter: Parameter::new(format!("{i}"), normal(i as u64, &[n], device)?) })
         };
