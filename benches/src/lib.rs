@@ -15,6 +15,7 @@ pub mod request;
 pub mod step;
 
 use std::error::Error;
+use std::process::ExitCode;
 
 /// Any error of the crates that are measured.
 pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -25,6 +26,17 @@ pub type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 /// What `work` returns, or that the threads cannot be started.
 pub fn in_pool<T: Send>(threads: Option<usize>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     trainer::train::in_pool(threads, || Ok(work()))?
+}
+
+/// Ends a program: with success, or with the error told.
+pub fn ended(outcome: Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// The middle of an odd number of values, the mean of the two middle ones otherwise; 0 of none.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use benches::layers::{self, WAYS, Way};
-use benches::{Result, in_pool};
+use benches::{Result, ended, in_pool};
 use candle_core::DType;
 use clap::{Parser, ValueEnum};
 use lokr::functional::Path;
@@ -46,13 +46,7 @@ enum Stored {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match in_pool(args.threads, || run(&args)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    ended(in_pool(args.threads, || run(&args)))
 }
 
 fn run(args: &Args) -> Result<()> {

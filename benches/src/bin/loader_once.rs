@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use benches::{Result, in_pool, loader, memory, request};
+use benches::{Result, ended, in_pool, loader, memory, request};
 use clap::Parser;
 use dataset::Interpolation;
 use dataset::index::{self, BuildOptions, Ids, Source};
@@ -44,13 +44,7 @@ fn main() -> ExitCode {
         Some(images) => measure_memory(&args, images, threads),
         None => measure_speed(&args, threads),
     };
-    match in_pool(Some(threads), work) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    ended(in_pool(Some(threads), work))
 }
 
 /// Cases: format, and how pictures are made smaller. Lanczos is what the PyTorch side does; the area mean is the default here.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use benches::cases::{self, Case};
-use benches::{Result, in_pool, median, request};
+use benches::{Result, ended, in_pool, median, request};
 use clap::Parser;
 use serde_json::{Value, json};
 
@@ -32,13 +32,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match in_pool(args.threads, || run(&args)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    ended(in_pool(args.threads, || run(&args)))
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use benches::model::Config;
 use benches::step::{Setup, Step};
-use benches::{Result, in_pool, median, memory, request};
+use benches::{Result, ended, in_pool, median, memory, request};
 use clap::{Parser, ValueEnum};
 use lokr::functional::Path;
 use sdxl::GradientCheckpointing;
@@ -61,16 +61,7 @@ enum Way {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match in_pool(args.threads, || run(&args)) {
-        Ok(line) => {
-            println!("{line}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    ended(in_pool(args.threads, || run(&args)).map(|line| println!("{line}")))
 }
 
 fn run(args: &Args) -> Result<String> {
