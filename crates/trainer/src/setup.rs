@@ -105,15 +105,7 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
 
     let trained: Vec<Trained> = network.parameters().into_iter().map(|(group, parameter)| Trained { group, parameter }).collect();
     let sizes: Vec<usize> = trained.iter().map(|t| t.parameter.tensor().elem_count()).collect();
-    let hyper = config.hyper();
-    hyper.check()?;
-    let optimizer = Optimizer::new(config.train.optimizer, hyper, &sizes);
-    #[cfg(feature = "cuda")]
-    let optimizer = {
-        let mut optimizer = optimizer;
-        crate::on_gpu::use_device(&mut optimizer, model.device())?;
-        optimizer
-    };
+    let optimizer = optimizer(config, &sizes, model.device())?;
     let objective = Objective::new(config, &trained);
     let data = Arc::new(Data::new(config, dataset, cache, ranks.rank(), ranks.count())?);
     let outputs = ranks.is_first().then(|| Outputs::new(config, &model, Tokenizer::new()?, &data, &hash)).transpose()?;
@@ -122,6 +114,21 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
     }
     observe(Event::Note(derived(config, &data, &sizes, &optimizer, model.device())));
     Ok(Parts { model, network, trained, optimizer, data, outputs, objective, base_hash: hash.sha256 })
+}
+
+/// The recipe's optimizer for tensors of these sizes, its state empty, on the GPU if the model is there and it can be.
+///
+/// # Errors
+/// If a hyperparameter is out of range, or the device refuses the optimizer's kernels.
+pub fn optimizer(config: &RunConfig, sizes: &[usize], device: &Device) -> Result<Optimizer> {
+    let hyper = config.hyper();
+    hyper.check()?;
+    #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
+    let mut optimizer = Optimizer::new(config.train.optimizer, hyper, sizes);
+    #[cfg(feature = "cuda")]
+    crate::on_gpu::use_device(&mut optimizer, device)?;
+    let _ = device;
+    Ok(optimizer)
 }
 
 /// What the latent cache is keyed by: the file that the VAE comes from.

@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use diffusion::{BatchNoise, SampleKey};
-use optim::Optimizer;
 use random::{Purpose, Stream};
 
 use super::Report;
@@ -13,6 +12,7 @@ use crate::config::{Compat, ConfigError, MixedPrecision, RunConfig};
 use crate::data::chunks;
 use crate::error::Result;
 use crate::precision;
+use crate::setup;
 use crate::step::{self, MicroBatch, Objective, Trained};
 
 /// Steps that are timed, after one that is not.
@@ -67,14 +67,7 @@ fn run(device: &Device, config: &RunConfig, side: usize, n: usize, timed: u64) -
     let network = base::create_network(config, &model)?;
     let trained: Vec<Trained> = network.parameters().into_iter().map(|(group, parameter)| Trained { group, parameter }).collect();
     let sizes: Vec<usize> = trained.iter().map(|t| t.parameter.tensor().elem_count()).collect();
-    let optimizer = Optimizer::new(config.train.optimizer, config.hyper(), &sizes);
-    #[cfg(feature = "cuda")]
-    let optimizer = {
-        let mut optimizer = optimizer;
-        crate::on_gpu::use_device(&mut optimizer, device)?;
-        optimizer
-    };
-    let mut optimizer = optimizer;
+    let mut optimizer = setup::optimizer(config, &sizes, device)?;
     let objective = Objective::new(config, &trained);
     let scale = if config.train.mixed_precision == MixedPrecision::Fp16 { LOSS_SCALE } else { 1.0 };
     let (mut loss, mut first_norm, mut seconds) = (0.0, 0.0, [0.0; 3]);
