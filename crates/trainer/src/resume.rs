@@ -139,21 +139,10 @@ mod tests {
     fn saved(accumulation: usize, world_size: u64) -> Found {
         let state = RunState {
             format: RunState::FORMAT,
-            lokr: String::new(),
             step: 3,
-            samples_seen: 0,
-            replaced: 0,
-            epoch: 0,
-            next_sample: None,
-            loss_average: 0.0,
-            withheld_steps: 0,
-            consecutive_withheld: 0,
-            loss_scaler: None,
             world_size,
             batches_per_step: accumulation as u64 * world_size,
-            plan_fingerprint: String::new(),
-            dataset_fingerprint: String::new(),
-            base_hash: String::new(),
+            ..RunState::default()
         };
         Found { path: "run/checkpoints/step-00000003".into(), state, recipe: with(accumulation).to_toml(), metrics: String::new() }
     }

@@ -97,20 +97,13 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     let mut state = RunState {
         format: RunState::FORMAT,
         lokr: env!("CARGO_PKG_VERSION").into(),
-        step: 0,
-        samples_seen: 0,
-        replaced: 0,
-        epoch: 0,
-        next_sample: None,
-        loss_average: 0.0,
-        withheld_steps: 0,
-        consecutive_withheld: 0,
         world_size: ranks.count() as u64,
         batches_per_step: timeline.batches_per_step(),
         loss_scaler: precision::scaler(&config.train, None)?,
         plan_fingerprint: data.plan(0)?.fingerprint().into(),
         dataset_fingerprint: data.dataset.fingerprint(),
         base_hash,
+        ..RunState::default()
     };
     let (from, tail) = found.as_ref().map(|found| (found.path.clone(), found.metrics.clone())).unzip();
     if let Some(found) = found {
