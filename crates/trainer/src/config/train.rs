@@ -173,7 +173,7 @@ section! {
         /// the VAE are f32 in any case. "fp16" scales the loss.
         mixed_precision: MixedPrecision = MixedPrecision::No, same;
         /// On a CPU that multiplies bf16 (AVX-512 BF16) "bf16" rounds the operands of matrix products, convolutions and attention to bf16 and adds
-        /// their products up in f32: about twice as fast. Everything that is kept stays f32, and so do previews and the VAE. On a GPU
+        /// their products up in f32. Everything that is kept stays f32, and so do previews and the VAE. On a GPU
         /// `mixed_precision` does this.
         compute: Compute = Compute::Float, ours;
         /// Only with `mixed_precision = "fp16"`: what the loss is multiplied by at first. The scale halves at each step whose gradient

@@ -1,5 +1,5 @@
-//! The networks' forward passes over values without numbers ([`super::tape`]): the same ops in the same order as in the crate
-//! `sdxl`, with what each keeps for its backward pass and needs beside it.
+//! The networks' forward passes over values without numbers ([`super::tape`]): the ops of the crate `sdxl` in their order, with what
+//! each keeps for its backward pass and needs beside it.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -123,15 +123,14 @@ impl Net {
 
     fn norm(&self, path: &str, x: &V) -> V {
         let l = self.layer(path);
-        let work = Work { elements: 2.0 * x.elements as f64, ..Work::default() };
-        self.meter.work(work);
+        self.meter.work(Work { elements: 2.0 * x.elements as f64, ..Work::default() });
+        let work = Work { elements: 3.0 * x.elements as f64, ..Work::default() };
         let parameters = l.adapted.iter().map(|a| (a.id, 4 * a.parameters)).collect();
         let wide = 4 * x.elements;
         // Composed, the standardised input is kept in f32, and three more such tensors stand beside it for a moment.
         let (saved, scratch) = if self.meter.half_on_cpu { (self.meter.buffer(wide), 3 * wide) } else { (x.buffer.clone(), 0) };
         let beside = self.meter.buffer(scratch);
-        let back =
-            Back { saved: vec![saved], scratch, work: Work { elements: 3.0 * x.elements as f64, ..work }, parameters, ..Back::default() };
+        let back = Back { saved: vec![saved], scratch, work, parameters, ..Back::default() };
         let result = op(&self.meter, &[x], x.elements, false, l.adapted.is_some(), back);
         drop(beside);
         result
