@@ -142,13 +142,13 @@ fn run(case: &Case, device: &Device, dtype: DType) -> candle_core::Result<Vec<Te
         let adapter = case.name.contains("norm") || case.name.contains("lokr");
         values.push(match (i, adapter) {
             (0, _) | (_, false) => cast(&parameter.value(), dtype)?,
-            (1, true) if case.name.contains("lokr") => Value::constant(parameter.tensor().to_dtype(dtype)?),
+            (1, true) if case.name.contains("lokr") => Value::constant(converted(&parameter.tensor(), dtype)?),
             _ => parameter.value(),
         });
         parameters.push(parameter);
     }
     let out = (case.forward)(&values)?;
-    let dy = normal(99, out.dims(), device)?.to_dtype(out.tensor().dtype())?;
+    let dy = normal(99, out.dims(), &Device::Cpu)?.to_dtype(out.tensor().dtype())?.to_device(device)?;
     let mut results = vec![host(out.tensor())?];
     ops::backward(vec![(out, dy)])?;
     for parameter in parameters {
@@ -159,11 +159,16 @@ fn run(case: &Case, device: &Device, dtype: DType) -> candle_core::Result<Vec<Te
 
 fn cast(x: &Value, dtype: DType) -> candle_core::Result<Value> {
     let from = x.tensor().dtype();
-    Ok(ops::custom("cast", &[x], x.tensor().to_dtype(dtype)?, move |dy| Ok(vec![Some(dy.to_dtype(from)?)])))
+    Ok(ops::custom("cast", &[x], converted(x.tensor(), dtype)?, move |dy| Ok(vec![Some(converted(dy, from)?)])))
+}
+
+/// In another type, by the host, so that nothing but the operation is the device's.
+fn converted(t: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+    t.to_device(&Device::Cpu)?.to_dtype(dtype)?.to_device(t.device())
 }
 
 fn host(t: &Tensor) -> candle_core::Result<Tensor> {
-    t.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()
+    t.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()
 }
 
 /// Largest difference relative to the largest value; NaN if anything is.
@@ -179,7 +184,13 @@ fn difference(a: &Tensor, b: &Tensor) -> candle_core::Result<f64> {
         .fold(0.0, |m: f64, d| if d.is_nan() || m.is_nan() { f64::NAN } else { m.max(d) }))
 }
 
-/// Compares all operations in both types with the CPU's f32.
+/// Whether a case is compared in bf16 too: those of which every step is a kernel of ours that takes it by its type.
+fn in_bf16(case: &Case) -> bool {
+    let kernels = ["attention, heads of 64", "norm", "silu", "gelu", "geglu"];
+    kernels.iter().any(|k| case.name.contains(k))
+}
+
+/// Compares all operations in f32 and f16, and some in bf16, with the CPU's f32.
 pub(super) fn compare(device: &Device, report: &mut Report) -> Result<()> {
     for case in CASES {
         let want = run(case, &Device::Cpu, DType::F32)?;
@@ -188,7 +199,12 @@ pub(super) fn compare(device: &Device, report: &mut Report) -> Result<()> {
             (DType::F32, "f32", 2e-5),
             // Inputs are exact in f16; inner results and the output are rounded to 2^-11, sums of them to a few of these.
             (DType::F16, "f16", 1e-2),
+            // As f16 with three bits less; the inputs are rounded as well.
+            (DType::BF16, "bf16", 8e-2),
         ] {
+            if dtype == DType::BF16 && !in_bf16(case) {
+                continue;
+            }
             let got = run(case, device, dtype)?;
             let mut worst = if got.len() == want.len() { 0f64 } else { f64::NAN };
             for (got, want) in got.iter().zip(&want) {
