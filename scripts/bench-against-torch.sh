@@ -2,7 +2,7 @@
 # Times our training step, single ops and the loader of pictures against PyTorch on the CPU, alternately, and prints the ratio of
 # the medians.
 #
-#   scripts/bench-against-torch.sh step --config mid [--against bypass,default,bf16-bypass] [--rounds 7] [--checkpointing]
+#   scripts/bench-against-torch.sh step --config mid [--against bypass,default,bf16-bypass] [--compute bf16] [--rounds 7] [--checkpointing]
 #   scripts/bench-against-torch.sh ops [--only conv] [--rounds 7]
 #   scripts/bench-against-torch.sh loader [--threads 2] [--rounds 7]
 #

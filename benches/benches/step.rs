@@ -39,7 +39,7 @@ fn steps(criterion: &mut Criterion, config: Config) -> Result<()> {
     group.measurement_time(Duration::from_secs(if config == Config::Mid { 1 } else { 3 }));
     for (name, checkpointing) in [("plain", GradientCheckpointing::None), ("checkpointing", GradientCheckpointing::Block)] {
         let mut step: Option<Step> = None;
-        let setup = Setup { config, latent: 32, batch: 1, checkpointing, path: None };
+        let setup = Setup { config, latent: 32, batch: 1, checkpointing, path: None, bf16: false };
         let mut failed = None;
         group.bench_function(name, |bencher| {
             // Made here, so that a bench that the filter leaves out loads no model.

@@ -39,6 +39,8 @@ pub struct Setup {
     pub checkpointing: GradientCheckpointing,
     /// Forces the adapter's path in every layer.
     pub path: Option<Path>,
+    /// Whether products are rounded to bf16, where the CPU multiplies it.
+    pub bf16: bool,
 }
 
 /// A model with its adapter, optimizer and one batch.
@@ -53,6 +55,7 @@ pub struct Step {
     context: Value,
     vector: Value,
     checkpointing: GradientCheckpointing,
+    bf16: bool,
 }
 
 impl Step {
@@ -88,6 +91,7 @@ impl Step {
             trained,
             optimizer,
             checkpointing: setup.checkpointing,
+            bf16: setup.bf16,
         })
     }
 
@@ -96,6 +100,10 @@ impl Step {
     /// # Errors
     /// If shapes do not fit.
     pub fn run(&mut self) -> Result<f64> {
+        ops::awake(|| ops::with_bf16(self.bf16, || self.run_awake()))
+    }
+
+    fn run_awake(&mut self) -> Result<f64> {
         let prediction = self.unet.forward(&self.latents, &self.timesteps, &self.context, &self.vector, self.checkpointing)?;
         let error = (prediction.tensor() - &self.noise)?;
         let loss = error.sqr()?.mean_all()?.to_scalar::<f32>()?;

@@ -92,10 +92,12 @@ def main():
     parser.add_argument("--foreign", type=float, default=0.1, help="cores' worth of other work that a measurement may see")
     parser.add_argument("--patience", type=float, default=1800, help="seconds after which disturbed measurements are taken too")
     parser.add_argument("--against", default="bypass", help="step: comma-separated of default, bypass, bf16, bf16-bypass")
+    parser.add_argument("--compute", choices=["f32", "bf16"], default="f32", help="step: number format of our products")
     a, rest = parser.parse_known_args()
     common = ["--threads", str(a.threads), *rest]
     theirs = [sys.executable, os.path.join(HERE, f"{a.what}.py"), *common]
-    programs = [Program("lokr", [a.ours, *common], a.threads)]
+    compute = ["--dtype", a.compute] if a.what == "step" else []
+    programs = [Program("lokr", [a.ours, *common, *compute], a.threads)]
     if a.what == "step":
         flags = {"default": [], "bypass": ["--bypass"], "bf16": ["--dtype", "bf16"], "bf16-bypass": ["--bypass", "--dtype", "bf16"]}
         programs += [Program(f"torch {name}", theirs + flags[name], a.threads) for name in a.against.split(",")]

@@ -41,6 +41,9 @@ struct Args {
     /// How adapted layers are computed.
     #[arg(long, default_value = "auto")]
     path: Way,
+    /// Number format of products: "bf16" where the CPU multiplies it.
+    #[arg(long, default_value = "f32")]
+    dtype: Type,
     /// Run two steps for each line of standard input, time the second, and print the JSON line when it ends.
     #[arg(long)]
     on_request: bool,
@@ -57,6 +60,12 @@ enum Way {
     Auto,
     Merged,
     Factored,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Type {
+    F32,
+    Bf16,
 }
 
 fn main() -> ExitCode {
@@ -77,7 +86,11 @@ fn run(args: &Args) -> Result<String> {
     // Writing it needs memory that is no part of the measurement, so a first call only writes.
     config.file()?;
     let checkpointing = if args.checkpointing { GradientCheckpointing::Block } else { GradientCheckpointing::None };
-    let setup = Setup { config, latent: args.latent, batch: args.batch, checkpointing, path };
+    let bf16 = args.dtype == Type::Bf16;
+    if bf16 && !ops::has_bf16() {
+        return Err("this CPU does not multiply bf16".into());
+    }
+    let setup = Setup { config, latent: args.latent, batch: args.batch, checkpointing, path, bf16 };
     let mut step = Step::new(&setup)?;
     let load_peak = memory::peak_mib();
     memory::reset_peak();
@@ -102,7 +115,7 @@ fn run(args: &Args) -> Result<String> {
     let line = json!({
         "program": "lokr",
         "config": config.name(),
-        "dtype": "f32",
+        "dtype": if bf16 { "bf16" } else { "f32" },
         "latent": args.latent,
         "batch": args.batch,
         "threads": args.threads.unwrap_or_else(rayon::current_num_threads),

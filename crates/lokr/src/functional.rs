@@ -11,7 +11,7 @@
 use crate::kernel::{Layer, kron, merge};
 use candle_core::{DType, Result, Tensor};
 use ops::Value;
-use ops::kernel::{Delta, Frozen, fuses, mix, mix_grad, mix_onto, mixes_bias, sum};
+use ops::kernel::{Delta, Frozen, fuses, mix, mix_grad, mix_onto, mixes_bias, sum, together};
 
 /// How the forward pass and the input gradient are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,18 +180,23 @@ impl Op {
             return self.with_merged(x, |weight| layer.forward(x, weight, bias));
         }
         let later = bias.filter(|_| b <= a && mixes_bias(x));
-        let base = layer.forward(x, &self.weight, bias.filter(|_| later.is_none()))?;
         let n = layer.samples(x);
         let (w1, w2) = self.factors(x.dtype())?;
-        if b <= a {
-            let u = layer.forward(&layer.split(x, b)?, &w2, None)?;
-            let bias = later.map(|bias| (bias, base.elem_count() / (n * bias.elem_count()).max(1)));
-            mix_onto(&base, bias, &w1, self.scale, &layer.grouped(&u, n, b)?)
-        } else {
+        let base = || layer.forward(x, &self.weight, bias.filter(|_| later.is_none()));
+        let chain = || {
+            if b <= a {
+                return layer.forward(&layer.split(x, b)?, &w2, None);
+            }
             let s = mix(&w1, 1.0, &layer.grouped(x, n, b)?)?;
-            let chain = layer.forward(&self.as_samples(&s, a, x)?, &self.scaled(&self.w2, x.dtype())?, None)?;
-            sum(&base, &chain.reshape(base.shape())?)
+            layer.forward(&self.as_samples(&s, a, x)?, &self.scaled(&self.w2, x.dtype())?, None)
+        };
+        let (base, chain) = together(x, base, chain);
+        let (base, chain) = (base?, chain?);
+        if b <= a {
+            let bias = later.map(|bias| (bias, base.elem_count() / (n * bias.elem_count()).max(1)));
+            return mix_onto(&base, bias, &w1, self.scale, &layer.grouped(&chain, n, b)?);
         }
+        sum(&base, &chain.reshape(base.shape())?)
     }
 
     /// The groups of `s (n, g, rest)` as samples, with the places of `like`.
@@ -204,17 +209,35 @@ impl Op {
     }
 
     fn backward(self, x: &Tensor, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let dy = dy.contiguous()?;
+        let base = || match self.path {
+            Path::Merged => self.with_merged(x, |weight| self.layer.input_grad(&dy, weight, x.dims())),
+            Path::Factored => self.layer.input_grad(&dy, &self.weight, x.dims()),
+        };
+        let base = || self.need[0].then(base).transpose();
+        let (base, chain) = together(x, base, || self.chain_backward(x, &dy));
+        let (base, [chain, dw1, dw2]) = (base?, chain?);
+        let dx = match (base, chain) {
+            (Some(base), Some(chain)) => Some(sum(&base.reshape(x.shape())?, &chain.reshape(x.shape())?)?),
+            (base, _) => base.map(|base| base.reshape(x.shape())).transpose()?,
+        };
+        let dw1 = dw1.map(|g| self.times(g)).transpose()?;
+        let dw2 = dw2.map(|g| self.times(g.to_dtype(DType::F32)?)).transpose()?;
+        Ok(vec![dx, dw1, dw2])
+    }
+
+    /// Without the scale the gradients of w1 and w2; and on the factored path what the chain adds to the input's gradient, whose first half is
+    /// shared with a factor's: dx, dw1, dw2.
+    fn chain_backward(&self, x: &Tensor, dy: &Tensor) -> Result<[Option<Tensor>; 3]> {
         let (layer, [a, b], [need_x, need_w1, need_w2]) = (self.layer, self.sides, self.need);
         let n = layer.samples(x);
         let (w1, w2) = self.factors(x.dtype())?;
-        let dy = dy.contiguous()?;
-        let dy_groups = layer.grouped(&dy, n, a)?;
-        // The input gradient takes the chain as well on the factored path; its first half is shared with a factor's.
+        let dy_groups = layer.grouped(dy, n, a)?;
         let chain_x = need_x && self.path == Path::Factored;
         let (mut dx, mut dw1, mut dw2) = (None, None, None);
         if b <= a {
             let xs = if need_w1 || need_w2 { Some(layer.split(x, b)?) } else { None };
-            let t = if need_w2 || chain_x { Some(self.as_samples(&mix(&w1.t()?, 1.0, &dy_groups)?, b, &dy)?) } else { None };
+            let t = if need_w2 || chain_x { Some(self.as_samples(&mix(&w1.t()?, 1.0, &dy_groups)?, b, dy)?) } else { None };
             if let (true, Some(xs)) = (need_w1, &xs) {
                 let u = layer.forward(xs, &w2, None)?;
                 dw1 = Some(mix_grad(&dy_groups, &layer.grouped(&u, n, b)?)?);
@@ -226,7 +249,7 @@ impl Op {
                 dx = Some(layer.input_grad(t, &self.scaled(&self.w2, x.dtype())?, x.dims())?);
             }
         } else {
-            let dys = layer.split(&dy, a)?;
+            let dys = layer.split(dy, a)?;
             let x_groups = layer.grouped(x, n, b)?;
             if need_w2 {
                 let s = self.as_samples(&mix(&w1, 1.0, &x_groups)?, a, x)?;
@@ -242,19 +265,6 @@ impl Op {
                 }
             }
         }
-        if need_x {
-            let base = match self.path {
-                Path::Merged => self.with_merged(x, |weight| layer.input_grad(&dy, weight, x.dims()))?,
-                Path::Factored => layer.input_grad(&dy, &self.weight, x.dims())?,
-            };
-            let base = base.reshape(x.shape())?;
-            dx = Some(match dx {
-                Some(chain) => sum(&base, &chain.reshape(x.shape())?)?,
-                None => base,
-            });
-        }
-        let dw1 = dw1.map(|g| self.times(g)).transpose()?;
-        let dw2 = dw2.map(|g| self.times(g.to_dtype(DType::F32)?)).transpose()?;
-        Ok(vec![dx, dw1, dw2])
+        Ok([dx, dw1, dw2])
     }
 }

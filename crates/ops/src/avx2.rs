@@ -1,22 +1,27 @@
 //! The micro-kernel for AVX2 and FMA, and how its operands are packed. The left operand may also be read where it lies, if its lines
 //! go along k: each of a tile's rows is a stream of its own, and nothing is copied.
 
+use crate::ahead::{Ahead, RUN, ask};
 use crate::pack::Strip;
-use crate::tile::{Start, Tile};
+use crate::tile::{Left, Start, Tile};
 use std::arch::x86_64::*;
 
 /// One tile, see [`crate::tile::tile`].
 ///
 /// # Safety
 /// The promises of `tile`; the CPU has AVX2 and FMA.
-pub(crate) unsafe fn dispatch(t: Tile, a: *const f32, b: *const f32, c: *mut f32) {
+pub(crate) unsafe fn dispatch(t: Tile, a: *const f32, b: *const f32, c: *mut f32, ahead: &mut Ahead) {
     macro_rules! by_rows {
         ($($m:literal)*) => {
             // SAFETY: the caller's promises.
             unsafe {
-                match (t.rows, t.lanes, t.line) {
-                    $(($m, 16, None) => run::<$m, 2, true>(t, $m, a, b, c), ($m, _, None) => run::<$m, 1, true>(t, $m, a, b, c),)*
-                    $(($m, 16, Some(l)) => run::<$m, 2, false>(t, l, a, b, c), ($m, _, Some(l)) => run::<$m, 1, false>(t, l, a, b, c),)*
+                match (t.rows, t.lanes, t.left) {
+                    $(
+                        ($m, 16, Left::Packed(width)) => run::<$m, 2, true>(t, width, a, b, c, ahead),
+                        ($m, _, Left::Packed(width)) => run::<$m, 1, true>(t, width, a, b, c, ahead),
+                        ($m, 16, Left::Lines(line)) => run::<$m, 2, false>(t, line, a, b, c, ahead),
+                        ($m, _, Left::Lines(line)) => run::<$m, 1, false>(t, line, a, b, c, ahead),
+                    )*
                     _ => unreachable!("a tile of {} rows", t.rows),
                 }
             }
@@ -25,25 +30,36 @@ pub(crate) unsafe fn dispatch(t: Tile, a: *const f32, b: *const f32, c: *mut f32
     by_rows!(1 2 3 4 5 6)
 }
 
-/// `PACKED`: the left operand lies k by k, `M` numbers each; else in `M` lines, `line` apart.
+/// `PACKED`: the left operand lies k by k, `apart` from one to the next; else in `M` lines, so far apart.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn run<const M: usize, const V: usize, const PACKED: bool>(t: Tile, line: usize, mut a: *const f32, mut b: *const f32, c: *mut f32) {
+unsafe fn run<const M: usize, const V: usize, const PACKED: bool>(
+    t: Tile,
+    apart: usize,
+    mut a: *const f32,
+    mut b: *const f32,
+    c: *mut f32,
+    ahead: &mut Ahead,
+) {
     let mut sums = [[_mm256_setzero_ps(); V]; M];
     // SAFETY: the promises of `tile`.
     unsafe {
-        for _ in 0..t.steps {
-            let mut bs = [_mm256_setzero_ps(); V];
-            for (v, x) in bs.iter_mut().enumerate() {
-                *x = _mm256_loadu_ps(b.add(8 * v));
-            }
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let x = _mm256_broadcast_ss(&*a.add(if PACKED { i } else { i * line }));
-                for (s, b) in sums.iter_mut().zip(&bs) {
-                    *s = _mm256_fmadd_ps(x, *b, *s);
+        for from in (0..t.steps).step_by(RUN) {
+            let lines = ahead.next_run(b);
+            for i in 0..RUN.min(t.steps - from) {
+                ask(lines, i);
+                let mut bs = [_mm256_setzero_ps(); V];
+                for (v, x) in bs.iter_mut().enumerate() {
+                    *x = _mm256_loadu_ps(b.add(8 * v));
                 }
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let x = _mm256_broadcast_ss(&*a.add(if PACKED { i } else { i * apart }));
+                    for (s, b) in sums.iter_mut().zip(&bs) {
+                        *s = _mm256_fmadd_ps(x, *b, *s);
+                    }
+                }
+                a = a.add(if PACKED { apart } else { 1 });
+                b = b.add(8 * V);
             }
-            a = a.add(if PACKED { M } else { 1 });
-            b = b.add(8 * V);
         }
         if t.turned { store_turned::<M, V>(t, &sums, c) } else { store::<M, V>(t, &sums, c) }
     }

@@ -8,10 +8,12 @@ use crate::basic::add_over;
 use crate::cudnn;
 use crate::gemm::{Begin, Dst, Product, Threads, gemm, kernel};
 use crate::linear::{stored, widen};
-use crate::pack::Operand;
+use crate::pack::{Operand, Side, Strip, lines as strided, pack};
 use crate::tape::{Value, custom};
+use crate::tile::Kernel;
 use crate::view::{F32, SharedMut, fast, grain, tensor};
 use crate::weight::{Frozen, Held};
+use crate::winograd::Winograd;
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
@@ -49,6 +51,13 @@ impl Geometry {
 
     fn pointwise(&self) -> bool {
         self.kh == 1 && self.kw == 1 && self.stride == 1 && self.padding == 0
+    }
+
+    /// The faster form for `c` channels to `o`, if it serves this geometry and pays.
+    fn winograd(&self, kernel: Kernel, c: usize, o: usize) -> Option<Winograd> {
+        let serves = (self.kh, self.kw, self.stride, self.padding) == (3, 3, 1, 1);
+        let winograd = Winograd { kernel, n: self.n, c, o, h: self.h, w: self.w, flipped: false };
+        (serves && winograd.pays()).then_some(winograd)
     }
 
     /// Rows of the patch matrix.
@@ -166,15 +175,25 @@ pub fn conv2d_forward<'a>(
     let held = Held::new(&Frozen { weight: &weight, delta })?;
     let (xv, lines) = (F32::new(&x)?, held.lines()?);
     let (pixels, depth) = (g.pixels(), g.depth());
-    let fill = |r: usize, from: usize, to: &mut [f32]| lines.fill(r, from, to);
-    let a = lines.plain().map_or(Operand::AlongK(&fill), |w| Operand::rows(w, depth));
+    let a = Operand::weight_rows(&lines, depth);
     let mut y = Vec::new();
     let out = SharedMut::for_vec(&mut y, g.n * o * pixels);
     let bias = bias.as_ref().map(F32::new).transpose()?;
+    let kernel = kernel();
+    if let Some(winograd) = g.winograd(kernel, c, o) {
+        let taps = |rows: Strip, (k0, kc): (usize, usize), out: &mut [f32], scratch: &mut Vec<f32>| {
+            pack(kernel, Side::Left, &a, std::iter::once(rows), 0, (9 * k0, 9 * kc), out, scratch);
+        };
+        // SAFETY: `y` is borrowed exclusively, and every element is written.
+        unsafe {
+            winograd.run(&xv, &taps, bias.as_deref(), out);
+            y.set_len(g.n * o * pixels);
+        }
+        return tensor(y, (g.n, o, g.oh, g.ow));
+    }
     let padded = g.pad(&xv);
     let x = padded.as_deref().unwrap_or(&xv);
     let image = x.len() / g.n.max(1);
-    let kernel = kernel();
     let one = |i: usize, threads: Threads| {
         let x = &x[i * image..][..image];
         let patches = |line: usize, from: usize, to: &mut [f32]| g.patch_line(x, line, from, to);
@@ -277,11 +296,32 @@ fn input_grad(dy: &Tensor, frozen: &Frozen, o: usize, g: Geometry) -> Result<Ten
     let kernel = kernel();
     let mut dx = Vec::new();
     let out = SharedMut::for_vec(&mut dx, g.n * g.c * plane);
+    if let Some(winograd) = g.winograd(kernel, o, g.c) {
+        let taps = |rows: Strip, (k0, kc): (usize, usize), to: &mut [f32], scratch: &mut Vec<f32>| {
+            let (from, len) = (9 * rows.start, 9 * rows.len);
+            scratch.resize(scratch.len().max(len), 0.0);
+            for k in 0..kc {
+                let line = match lines.plain() {
+                    Some(w) => &w[(k0 + k) * depth + from..][..len],
+                    None => {
+                        lines.fill(k0 + k, from, &mut scratch[..len]);
+                        &scratch[..len]
+                    }
+                };
+                strided(kernel, line, 9, 1, Strip { start: 0, ..rows }, 9, &mut to[9 * k * rows.width..]);
+            }
+        };
+        // SAFETY: `dx` is borrowed exclusively, and every element is written.
+        unsafe {
+            Winograd { flipped: true, ..winograd }.run(&dyv, &taps, None, out);
+            dx.set_len(g.n * g.c * plane);
+        }
+        return tensor(dx, (g.n, g.c, g.h, g.w));
+    }
     // The gradient by patches of channels from `first` on, for pixels from `from` on.
     let product = |i: usize, first: usize, channels: usize, from: usize, len: usize, dst: Dst, threads: Threads| {
         let at = first * taps;
-        let fill = |k: usize, i: usize, to: &mut [f32]| lines.fill(k, at + i, to);
-        let a = lines.plain().map_or(Operand::Across(&fill), |w| Operand::columns(&w[at..], depth));
+        let a = Operand::weight_columns(&lines, depth, at);
         let b = Operand::columns(&dyv[i * o * pixels + from..], pixels);
         // The longer side is the one that is packed in the wider strips.
         let (m, n) = (channels * taps, len);

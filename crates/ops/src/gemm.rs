@@ -5,8 +5,9 @@
 //! Each element is summed along k in one order, in blocks whose size is fixed: the result does not depend on how the work is
 //! dealt to threads. It does depend on the CPU's instructions.
 
-use crate::pack::{Operand, SLACK, column_strips, pack, row_strips};
-use crate::tile::{Kernel, Start, Tile, has_bf16, tile};
+use crate::ahead::Ahead;
+use crate::pack::{Operand, SLACK, Side, column_strips, pack, row_strips};
+use crate::tile::{Kernel, Left, Start, Tile, has_bf16, tile};
 use crate::view::SharedMut;
 use rayon::prelude::*;
 use std::cell::{Cell, RefCell};
@@ -14,13 +15,18 @@ use std::cell::{Cell, RefCell};
 /// Steps along k in a block: a strip of columns is then 32 KiB, the first cache (with AVX2 half of that).
 const KC: usize = 256;
 
+/// The same for a kernel: AMX spends as long on a block's sums as on 128 steps.
+fn depth(kernel: Kernel) -> usize {
+    if kernel.is_amx() { 4 * KC } else { KC }
+}
+
 /// Columns and rows of a block, so that both packed operands fit the second cache: 1 MiB where there is AVX-512, 512 KiB elsewhere.
 fn block(kernel: Kernel) -> (usize, usize) {
     if kernel.avx512() { (384, 196) } else { (256, 192) }
 }
 
 /// Rows of a left operand up to which the sides may change places: the right one is read once for every block of them.
-const SWAP_ROWS: usize = 512;
+const SWAP_ROWS: usize = 128;
 
 /// Where a product goes: places `offset + i * rs + j` of a shared slice, or, `turned`, `offset + j * rs + i`.
 #[derive(Clone, Copy)]
@@ -73,11 +79,16 @@ pub fn with_bf16<R>(on: bool, f: impl FnOnce() -> R) -> R {
     f()
 }
 
+/// Whether the calling thread's products are rounded to bf16.
+pub(crate) fn bf16() -> bool {
+    BF16.get()
+}
+
 /// The micro-kernel that the calling thread's products take. Parallel loops ask before they start.
 pub(crate) fn kernel() -> Kernel {
     #[cfg(target_arch = "x86_64")]
     if BF16.get() {
-        return Kernel::Avx512Bf16;
+        return Kernel::bf16();
     }
     Kernel::f32()
 }
@@ -99,7 +110,7 @@ pub(crate) struct Product<'a> {
 impl Product<'_> {
     /// Whether the left operand goes to the micro-kernel in lines along k, unpacked.
     fn in_lines(&self) -> bool {
-        self.kernel.in_place() && matches!(self.a, Operand::Plain { along: 1, .. } | Operand::AlongK(_))
+        self.kernel.in_place() && (matches!(self.a, Operand::Plain { along: 1, .. }) || self.a.makes_lines())
     }
 
     /// Computes it.
@@ -125,7 +136,7 @@ impl Product<'_> {
         // Below a thread's share of 2^18 multiply-adds, waking it costs more than it gives.
         let most = match threads {
             Threads::One => 1,
-            Threads::All => (work >> 18).clamp(1, rayon::current_num_threads() * if work > 1 << 26 { 2 } else { 1 }),
+            Threads::All => (work >> 22).clamp(1, rayon::current_num_threads() * (work >> 24).clamp(1, 4)),
         };
         let (rows, columns) = (self.m.div_ceil(self.kernel.rows()), self.n.div_ceil(self.kernel.lanes()));
         // Each part packs its own operands: of all ways to deal, the one that packs least.
@@ -161,12 +172,15 @@ impl Product<'_> {
             Begin::Columns(v) => assert_eq!(v.len(), self.n),
             Begin::Zero | Begin::Add => {}
         }
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: this kernel is chosen only where the CPU has AMX.
+        let _tiles = kernel.is_amx().then(|| unsafe { crate::amx::Tiles::set_up() });
         let in_lines = self.in_lines();
         let (nc_most, mc_most) = block(kernel);
-        let (mc, nc, kc) = ((rows.1 - rows.0).min(mc_most), (columns.1 - columns.0).min(nc_most), k.clamp(1, KC));
+        let (mc, nc, kc) = ((rows.1 - rows.0).min(mc_most), (columns.1 - columns.0).min(nc_most), k.clamp(1, depth(kernel)));
         BUFFERS.with_borrow_mut(|Buffers { packed, scratch }| {
-            let kc_padded = kc.next_multiple_of(2);
-            let a_len = kc_padded * if in_lines { kernel.rows() } else { mc } + SLACK;
+            let kc_padded = kc.next_multiple_of(kernel.per_step().max(2));
+            let a_len = kc_padded * if in_lines { kernel.rows() } else { mc.next_multiple_of(kernel.rows()) } + SLACK;
             let b_len = kc_padded * nc.next_multiple_of(kernel.lanes()) + SLACK;
             let wants = a_len.next_multiple_of(16) + b_len + 16;
             if packed.len() < wants {
@@ -177,30 +191,40 @@ impl Product<'_> {
             let a_buffer = &mut rest[..a_len];
             for j0 in (columns.0..columns.1).step_by(nc_most) {
                 let nc = nc_most.min(columns.1 - j0);
-                for k0 in (0..k.max(1)).step_by(KC) {
-                    let kc = KC.min(k - k0);
+                for k0 in (0..k.max(1)).step_by(depth(kernel)) {
+                    let kc = depth(kernel).min(k - k0);
                     let steps = kc.div_ceil(kernel.per_step());
                     let padded = steps * kernel.per_step();
-                    pack(kernel, &self.b, column_strips(kernel, nc), j0, (k0, kc), b_buffer, scratch);
+                    pack(kernel, Side::Right, &self.b, column_strips(kernel, nc), j0, (k0, kc), b_buffer, scratch);
+                    // What is read next is asked for while this block is computed: the left operand's next strip, and the next block.
+                    let (j_next, k_next) = if k0 + kc < k { (j0, k0 + kc) } else { (j0 + nc, 0) };
+                    let mut next_block = match columns.1.saturating_sub(j_next) {
+                        0 => Ahead::none(),
+                        left => self.b.ahead((j_next, nc_most.min(left)), (k_next, depth(kernel).min(k - k_next))),
+                    };
                     for i0 in (rows.0..rows.1).step_by(mc_most) {
                         let mc = mc_most.min(rows.1 - i0);
                         if !in_lines {
-                            pack(kernel, &self.a, row_strips(kernel, mc), i0, (k0, kc), a_buffer, scratch);
+                            pack(kernel, Side::Left, &self.a, row_strips(kernel, mc), i0, (k0, kc), a_buffer, scratch);
                         }
                         let mut a_at = 0;
                         for r in row_strips(kernel, mc) {
                             let first = i0 + r.start;
-                            let (a, line) = match &self.a {
+                            let (a, left) = match &self.a {
                                 Operand::Plain { data, across, .. } if in_lines && kc > 0 => {
-                                    (data[first * across + k0..].as_ptr(), Some(*across))
+                                    (data[first * across + k0..].as_ptr(), Left::Lines(*across))
                                 }
-                                Operand::AlongK(fill) if in_lines => {
+                                made if in_lines => {
                                     for (i, to) in a_buffer.chunks_exact_mut(kc.max(1)).take(r.len).enumerate() {
-                                        fill(first + i, k0, to);
+                                        made.line(first + i, k0, to);
                                     }
-                                    (a_buffer.as_ptr(), Some(kc))
+                                    (a_buffer.as_ptr(), Left::Lines(kc))
                                 }
-                                _ => (a_buffer[a_at..].as_ptr(), None),
+                                _ => (a_buffer[a_at..].as_ptr(), Left::Packed(r.width)),
+                            };
+                            let mut next_strip = match rows.1 - (first + r.len) {
+                                left if in_lines && left > 0 => self.a.ahead((first + r.len, kernel.rows().min(left)), (k0, kc)),
+                                _ => Ahead::none(),
                             };
                             let mut b_at = 0;
                             for s in column_strips(kernel, nc) {
@@ -216,18 +240,19 @@ impl Product<'_> {
                                     columns: s.len,
                                     lanes: s.width,
                                     steps,
-                                    line,
+                                    left,
                                     rs: dst.rs,
                                     turned: dst.turned,
                                     start,
                                     scale: self.scale,
                                 };
+                                let ahead = if next_strip.done() { &mut next_block } else { &mut next_strip };
                                 let (i, j) = (first, j0 + s.start);
                                 // SAFETY: the packed strips, and lines by the check above, hold what the tile reads; its places lie inside
                                 // `dst` by the check above and are exclusive by the caller's promise.
                                 unsafe {
                                     let c = c.add(if dst.turned { j * dst.rs + i } else { i * dst.rs + j });
-                                    tile(kernel, t, a, b_buffer[b_at..].as_ptr(), c);
+                                    tile(kernel, t, a, b_buffer[b_at..].as_ptr(), c, ahead);
                                 }
                                 b_at += padded * s.width;
                             }
@@ -251,7 +276,7 @@ pub(crate) fn gemm_from(m: usize, n: usize, k: usize, a: Operand, b: Operand, bi
     let kernel = kernel();
     let mut out = Vec::new();
     let data = SharedMut::for_vec(&mut out, m * n);
-    let swap = n > m && m <= SWAP_ROWS && kernel.in_place() && matches!(b, Operand::Plain { along: 1, .. } | Operand::AlongK(_));
+    let swap = n > m && m <= SWAP_ROWS && kernel.in_place() && (matches!(b, Operand::Plain { along: 1, .. }) || b.makes_lines());
     let dst = Dst { data, offset: 0, rs: n, turned: swap };
     let product = if swap {
         Product { m: n, n: m, k, a: b, b: a, dst, begin: bias.map_or(Begin::Zero, Begin::Rows), scale: 1.0, kernel }
@@ -284,17 +309,13 @@ mod tests {
     }
 
     fn kernels() -> Vec<(Kernel, f64)> {
-        let mut all = vec![(Kernel::Portable, 1e-6)];
-        if Kernel::f32() != Kernel::Portable {
-            all.push((Kernel::f32(), 1e-6));
-        }
-        #[cfg(target_arch = "x86_64")]
-        if Kernel::f32() == Kernel::Avx512 && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            all.push((Kernel::Avx2, 1e-6));
-        }
+        let mut all: Vec<_> = Kernel::all().into_iter().map(|kernel| (kernel, 1e-6)).collect();
         #[cfg(target_arch = "x86_64")]
         if has_bf16() {
             all.push((Kernel::Avx512Bf16, 1e-6));
+            if Kernel::bf16() != Kernel::Avx512Bf16 {
+                all.push((Kernel::bf16(), 1e-6));
+            }
         }
         all
     }

@@ -14,6 +14,9 @@
 //! Knows candle only; no other crate of the workspace.
 
 mod activation;
+mod ahead;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -31,10 +34,12 @@ mod math;
 mod mix;
 mod norm;
 mod pack;
+mod pool;
 mod tape;
 mod tile;
 mod view;
 mod weight;
+mod winograd;
 
 pub use activation::{geglu, gelu, quick_gelu, silu};
 pub use attention::attention;
@@ -50,6 +55,7 @@ pub use e4m3::{E4M3_MAX, e4m3_codes, e4m3_decode, e4m3_encode};
 pub use gemm::with_bf16;
 pub use linear::{linear, widen};
 pub use norm::{group_norm, layer_norm};
+pub use pool::awake;
 pub use tape::{OnGradient, Parameter, Value, backward, backward_with, custom, no_grad, recording};
 pub use tile::has_bf16;
 pub use view::F32;
@@ -66,6 +72,7 @@ pub mod kernel {
     pub use crate::conv::{conv2d_forward, conv2d_input_grad, conv2d_weight_grad};
     pub use crate::linear::{linear_forward, linear_input_grad};
     pub use crate::mix::{mix, mix_grad, mix_onto, mixes_bias};
+    pub use crate::pool::together;
     pub use crate::view::fast as fuses;
     pub use crate::weight::{Delta, Frozen};
 }

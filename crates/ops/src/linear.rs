@@ -63,9 +63,7 @@ pub fn linear_forward<'a>(x: &Tensor, weight: impl Into<Frozen<'a>>, bias: Optio
     let held = Held::new(&Frozen { weight: &weight, delta })?;
     let (xv, lines) = (F32::new(&x)?, held.lines()?);
     let bias = bias.as_ref().map(F32::new).transpose()?;
-    let fill = |r: usize, from: usize, to: &mut [f32]| lines.fill(r, from, to);
-    let w = lines.plain().map_or(Operand::AlongK(&fill), |w| Operand::rows(w, inner));
-    tensor(gemm_from(n, out, inner, Operand::rows(&xv, inner), w, bias.as_deref()), shape)
+    tensor(gemm_from(n, out, inner, Operand::rows(&xv, inner), Operand::weight_rows(&lines, inner), bias.as_deref()), shape)
 }
 
 /// `dy (.., out) weight (out, in)`: the gradient of the input. A delta is added to the weight on the way (f32 on the CPU only).
@@ -86,9 +84,7 @@ pub fn linear_input_grad<'a>(dy: &Tensor, weight: impl Into<Frozen<'a>>) -> Resu
     let weight = stored(weight)?;
     let held = Held::new(&Frozen { weight: &weight, delta })?;
     let (dyv, lines) = (F32::new(&dy)?, held.lines()?);
-    let fill = |k: usize, from: usize, to: &mut [f32]| lines.fill(k, from, to);
-    let w = lines.plain().map_or(Operand::Across(&fill), |w| Operand::columns(w, inner));
-    tensor(gemm(n, inner, out, Operand::rows(&dyv, out), w), shape)
+    tensor(gemm(n, inner, out, Operand::rows(&dyv, out), Operand::weight_columns(&lines, inner, 0)), shape)
 }
 
 /// A frozen linear layer. The weight may be stored narrower than the input's type; it is widened for the call only.

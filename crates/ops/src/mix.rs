@@ -129,15 +129,16 @@ pub fn mix_grad(y: &Tensor, x: &Tensor) -> Result<Tensor> {
             simd(
                 #[inline(always)]
                 || {
-                    let mut sum = vec![0f32; p * q];
+                    // Lane by lane over all items; the lanes are added up once.
+                    let mut lanes = vec![[0f32; LANES]; p * q];
                     for (y, x) in y.chunks_exact((p * rest).max(1)).zip(x.chunks_exact((q * rest).max(1))) {
                         for (i, y) in y.chunks_exact(rest).enumerate() {
                             for (j, x) in x.chunks_exact(rest).enumerate() {
-                                sum[i * q + j] += dot(y, x);
+                                add_products(&mut lanes[i * q + j], y, x);
                             }
                         }
                     }
-                    sum
+                    lanes.iter().map(|lanes| lanes.iter().sum()).collect()
                 },
             )
         })
@@ -149,19 +150,31 @@ pub fn mix_grad(y: &Tensor, x: &Tensor) -> Result<Tensor> {
     tensor(total, (p, q))
 }
 
+const LANES: usize = 16;
+
+/// Adds the products of `a` and `b` to the lanes: whole vectors, then halves of what is left.
 #[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0f32; 16];
-    let ((ac, a_rest), (bc, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
-    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        lanes[i] += a * b;
-    }
-    for (a, b) in ac.iter().zip(bc) {
-        for i in 0..16 {
-            lanes[i] += a[i] * b[i];
+fn add_products(lanes: &mut [f32; LANES], a: &[f32], b: &[f32]) {
+    #[inline(always)]
+    fn step<'a, const L: usize>(lanes: &mut [f32; LANES], a: &'a [f32], b: &'a [f32]) -> (&'a [f32], &'a [f32]) {
+        let ((ac, a), (bc, b)) = (a.as_chunks::<L>(), b.as_chunks::<L>());
+        let mut sums = [0f32; L];
+        for (a, b) in ac.iter().zip(bc) {
+            for i in 0..L {
+                sums[i] += a[i] * b[i];
+            }
         }
+        for (lane, sum) in lanes.iter_mut().zip(sums) {
+            *lane += sum;
+        }
+        (a, b)
     }
-    lanes.iter().sum()
+    let (a, b) = step::<LANES>(lanes, a, b);
+    let (a, b) = step::<8>(lanes, a, b);
+    let (a, b) = step::<4>(lanes, a, b);
+    for (lane, (a, b)) in lanes.iter_mut().zip(a.iter().zip(b)) {
+        *lane += a * b;
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Packing: operands of a matrix product into strips that a micro-kernel reads straight through.
 
+use crate::ahead::Ahead;
 use crate::tile::Kernel;
+use crate::weight::Lines;
 
 /// Writes elements `start..start + out.len()` of a line.
 pub(crate) type Fill<'a> = dyn Fn(usize, usize, &mut [f32]) + Sync + 'a;
@@ -15,6 +17,10 @@ pub(crate) enum Operand<'a> {
     AlongK(&'a Fill<'a>),
     /// `fill(k, i, out)` writes elements `(i.., k)`.
     Across(&'a Fill<'a>),
+    /// A weight's rows stay, their elements are summed over.
+    Rows(&'a Lines<'a>),
+    /// The elements of a weight's rows stay, from a place on; the rows are summed over.
+    Columns(&'a Lines<'a>, usize),
 }
 
 impl<'a> Operand<'a> {
@@ -28,11 +34,55 @@ impl<'a> Operand<'a> {
         Self::Plain { data, across: 1, along: cols }
     }
 
+    /// A weight `(out, depth)` whose rows stay.
+    pub(crate) fn weight_rows(lines: &'a Lines<'a>, depth: usize) -> Self {
+        lines.plain().map_or(Self::Rows(lines), |w| Self::rows(w, depth))
+    }
+
+    /// A weight `(out, depth)` whose elements from `first` on in each row stay.
+    pub(crate) fn weight_columns(lines: &'a Lines<'a>, depth: usize, first: usize) -> Self {
+        lines.plain().map_or(Self::Columns(lines, first), |w| Self::columns(&w[first..], depth))
+    }
+
+    /// The places of elements `i..i + len` and `k..k + kc`, to be asked for, where they are known and come in runs.
+    pub(crate) fn ahead(&self, (i, len): (usize, usize), (k, kc): (usize, usize)) -> Ahead {
+        match *self {
+            Self::Plain { data, across, along: 1 } => Ahead::rows(data.as_ptr().wrapping_add(i * across + k), len, kc, across),
+            Self::Plain { data, across: 1, along } => Ahead::rows(data.as_ptr().wrapping_add(i + k * along), kc, len, along),
+            Self::Rows(lines) => lines.ahead((i, len), (k, kc)),
+            Self::Columns(lines, first) => lines.ahead((k, kc), (first + i, len)),
+            _ => Ahead::none(),
+        }
+    }
+
+    /// Writes elements `(i, k..)` of an operand that is made in lines along k, `(i.., k)` of one that is made across.
+    pub(crate) fn line(&self, i: usize, k: usize, out: &mut [f32]) {
+        match self {
+            Self::AlongK(fill) => fill(i, k, out),
+            Self::Across(fill) => fill(k, i, out),
+            Self::Rows(lines) => lines.fill(i, k, out),
+            Self::Columns(lines, first) => lines.fill(k, first + i, out),
+            Self::Plain { .. } => debug_assert!(false, "a plain operand is read"),
+        }
+    }
+
+    /// Whether lines along k are made.
+    pub(crate) fn makes_lines(&self) -> bool {
+        matches!(self, Self::AlongK(_) | Self::Rows(_))
+    }
+
     pub(crate) fn check(&self, len: usize, k: usize) {
         if let Self::Plain { data, across, along } = self {
             assert!(len == 0 || k == 0 || (len - 1) * across + (k - 1) * along < data.len());
         }
     }
+}
+
+/// Which operand of a product: AMX packs them differently.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Side {
+    Left,
+    Right,
 }
 
 /// A run of neighbours that one tile takes.
@@ -49,7 +99,7 @@ pub(crate) fn row_strips(kernel: Kernel, len: usize) -> impl Iterator<Item = Str
     let count = len.div_ceil(kernel.rows()).max(1);
     (0..count).map(move |s| {
         let (start, end) = (len * s / count, len * (s + 1) / count);
-        Strip { start, len: end - start, width: end - start }
+        Strip { start, len: end - start, width: if kernel.is_amx() { kernel.rows() } else { end - start } }
     })
 }
 
@@ -67,8 +117,10 @@ pub(crate) const SLACK: usize = 16;
 
 /// Packs `strips` of the operand from place `first` on, for `k0..k0 + kc`; `out` takes the strips one after the other, each
 /// `kc` (for bf16 half of that, rounded up) times its width. Places behind a strip's end hold zeros or what follows.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn pack(
     kernel: Kernel,
+    side: Side,
     operand: &Operand,
     strips: impl Iterator<Item = Strip> + Clone,
     first: usize,
@@ -78,6 +130,15 @@ pub(crate) fn pack(
 ) {
     let (k0, kc) = k;
     let padded = kc.next_multiple_of(kernel.per_step());
+    #[cfg(target_arch = "x86_64")]
+    if kernel.is_amx() {
+        for (s, at) in strips.zip((0..).step_by(padded * kernel.lanes())) {
+            // SAFETY: the kernel is chosen only where the CPU has its instructions.
+            unsafe { crate::amx::pack(operand, side, s, first, k, &mut out[at..], scratch) };
+        }
+        return;
+    }
+    let _ = side;
     // Lines across the strips are taken a few at a time: they are read in one go, and dealt to the strips while they are in the first cache.
     const LINES: usize = 8;
     match operand {
@@ -92,13 +153,13 @@ pub(crate) fn pack(
                 }
             }
         }
-        Operand::Across(fill) => {
+        Operand::Across(_) | Operand::Columns(..) => {
             let len: usize = strips.clone().map(|s| s.len).sum();
             scratch.resize((LINES * len).max(scratch.len()), 0.0);
             for from in (0..kc).step_by(LINES) {
                 let count = LINES.min(kc - from);
                 for (kk, line) in scratch.chunks_exact_mut(len.max(1)).take(count).enumerate() {
-                    fill(k0 + from + kk, first, line);
+                    operand.line(first, k0 + from + kk, line);
                 }
                 let mut at = 0;
                 for s in strips.clone() {
@@ -116,12 +177,12 @@ pub(crate) fn pack(
                 at += padded * s.width;
             }
         }
-        Operand::AlongK(fill) => {
+        Operand::AlongK(_) | Operand::Rows(_) => {
             let mut at = 0;
             scratch.resize((kernel.lanes() * kc).max(scratch.len()), 0.0);
             for s in strips.clone() {
                 for (i, line) in scratch.chunks_exact_mut(kc.max(1)).take(s.len).enumerate() {
-                    fill(first + s.start + i, k0, line);
+                    operand.line(first + s.start + i, k0, line);
                 }
                 lines(kernel, scratch, kc, 1, s, kc, &mut out[at..]);
                 at += padded * s.width;
@@ -165,7 +226,7 @@ fn across(kernel: Kernel, data: &[f32], along: usize, s: Strip, count: usize, ou
 }
 
 /// Packs one strip from strided data.
-fn lines(kernel: Kernel, data: &[f32], across: usize, along: usize, s: Strip, kc: usize, out: &mut [f32]) {
+pub(crate) fn lines(kernel: Kernel, data: &[f32], across: usize, along: usize, s: Strip, kc: usize, out: &mut [f32]) {
     if s.len == 0 || kc == 0 {
         return;
     }
@@ -235,13 +296,32 @@ pub(crate) mod avx512 {
             for kb in (0..kc).step_by(16) {
                 let len = (kc - kb).min(16);
                 let m = mask(len);
-                let mut r = [_mm512_setzero_ps(); 16];
-                for (i, r) in r.iter_mut().enumerate().take(rows) {
+                let row = |i: usize| {
                     // The next strip's line, which the CPU would not guess.
                     _mm_prefetch::<_MM_HINT_T0>(data.wrapping_add((s.width + h + i) * across + kb).cast());
-                    // SAFETY: masked to the line.
-                    *r = unsafe { _mm512_maskz_loadu_ps(m, data.add((h + i) * across + kb)) };
-                }
+                    let m = if i < rows { m } else { 0 };
+                    // SAFETY: masked to the line, or to nothing.
+                    unsafe { _mm512_maskz_loadu_ps(m, data.wrapping_add((h + i) * across + kb)) }
+                };
+                // By number, so that all stay in registers.
+                let r = [
+                    row(0),
+                    row(1),
+                    row(2),
+                    row(3),
+                    row(4),
+                    row(5),
+                    row(6),
+                    row(7),
+                    row(8),
+                    row(9),
+                    row(10),
+                    row(11),
+                    row(12),
+                    row(13),
+                    row(14),
+                    row(15),
+                ];
                 let t = turn(r);
                 for (kk, t) in t.iter().enumerate().take(len) {
                     // SAFETY: the caller left room for 16 behind the last line.

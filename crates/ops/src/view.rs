@@ -44,7 +44,7 @@ impl Deref for F32<'_> {
 
 /// How many items of `work` elementary operations each make a task that is worth handing to another thread.
 pub(crate) fn grain(work: usize) -> usize {
-    (1 << 15) / work.max(1) + 1
+    (1 << 17) / work.max(1) + 1
 }
 
 /// A vector of `len` numbers, all of which `write` writes.
@@ -57,6 +57,15 @@ pub(crate) unsafe fn build(len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>
     // SAFETY: the capacity is there, and the caller promises the elements.
     unsafe { out.set_len(len) };
     out
+}
+
+/// `len` numbers of a buffer that grows as needed, on the border of a cache line. They hold what they held.
+pub(crate) fn reuse(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len + 16 {
+        buffer.resize(len + 16, 0.0);
+    }
+    let aligned = buffer.as_ptr().align_offset(64).min(16);
+    &mut buffer[aligned..aligned + len]
 }
 
 /// A CPU tensor that takes over `data`.

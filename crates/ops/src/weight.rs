@@ -1,6 +1,7 @@
 //! A frozen weight as products read it: line by line, widened on the way if it is stored narrower, and with an adapter's
 //! `kron(w1, w2)` added if there is one. Neither a widened copy nor W + delta ever exists whole.
 
+use crate::ahead::Ahead;
 use crate::math::simd;
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor};
 use half::slice::HalfFloatSliceExt;
@@ -108,6 +109,16 @@ impl Lines<'_> {
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = (at, len);
+    }
+
+    /// Elements `from..from + len` of rows `first..first + rows`, to be asked for.
+    pub(crate) fn ahead(&self, (first, rows): (usize, usize), (from, len): (usize, usize)) -> Ahead {
+        let at = first * self.row + from;
+        match &self.stored {
+            Stored::F32(v) => Ahead::rows(v.as_ptr().wrapping_add(at), rows, len, self.row),
+            Stored::F16(v) => Ahead::rows(v.as_ptr().wrapping_add(at), rows, len, self.row),
+            Stored::Bf16(v) => Ahead::rows(v.as_ptr().wrapping_add(at), rows, len, self.row),
+        }
     }
 
     /// The elements themselves, where nothing is done to them on the way.

@@ -113,10 +113,13 @@ pub fn begin_micro_step(
     share: f64,
     on_gradient: &mut OnGradient,
 ) -> Result<PendingLoss> {
-    let Forward { prediction, loss, gradient } = forward(model, objective, batch)?;
-    let root = vec![(prediction, (gradient * share)?)];
-    ops::with_bf16(objective.bf16, || ops::backward_with(root, on_gradient))?;
-    Ok(loss)
+    let mut work = || {
+        let Forward { prediction, loss, gradient } = forward(model, objective, batch)?;
+        let root = vec![(prediction, (gradient * share)?)];
+        ops::with_bf16(objective.bf16, || ops::backward_with(root, on_gradient))?;
+        Ok(loss)
+    };
+    if batch.latents.device().is_cpu() { ops::awake(work) } else { work() }
 }
 
 /// [`begin_micro_step`] for one micro-batch by itself. Gives the loss of each sample.

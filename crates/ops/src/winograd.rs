@@ -1,0 +1,381 @@
+//! Convolutions with kernels of 3x3 and stride 1 by Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray 2015, "Fast Algorithms for
+//! Convolutional Neural Networks", section 4.1): tiles of 2x2 outputs take 16 multiplications where the definition takes 36. The
+//! transformed picture, kernel and result are 16 matrices each, for the places `p` of a 4x4 tile: `M_p (o, tiles) = U_p (o, c) V_p (c, tiles)`.
+//!
+//! All of it happens in blocks that stay in the second cache; of the transformed kernel only a few rows exist at a time. The three
+//! transforms themselves are in `plain.rs` and, for AVX-512, `avx512.rs`.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod plain;
+
+use crate::ahead::Ahead;
+use crate::pack::{SLACK, Strip, column_strips, row_strips};
+use crate::tile::{Kernel, Left, Start, Tile, tile};
+use crate::view::{SharedMut, grain, reuse};
+use rayon::prelude::*;
+use std::cell::Cell;
+
+/// Places of a tile.
+const PLACES: usize = 16;
+/// Tiles beside each other that are transformed together; a row of tiles is filled up to a multiple of it.
+const QUAD: usize = 4;
+/// Channels that are summed over in a block.
+const KC: usize = 128;
+/// Of these, channels whose taps are read and transformed at a time, in the first cache.
+const TAPS: usize = 16;
+/// Strips of rows in a block: as often is a strip of columns used while it is in the first cache.
+const GROUPS: usize = 3;
+/// Tiles in a block, if the picture's transform then takes no more than [`MOST`] numbers.
+const TILES: usize = 256;
+const MOST: usize = 1 << 22;
+
+/// Costs in multiply-adds, measured beside the direct form: of a kernel's transform, and of a tile's on each side.
+const KERNEL_COST: usize = 200;
+const TILE_COST: usize = 200;
+
+/// One convolution `x (n, c, h, w)` to `(n, o, h, w)`, padding 1.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Winograd {
+    pub kernel: Kernel,
+    pub n: usize,
+    pub c: usize,
+    pub o: usize,
+    pub h: usize,
+    pub w: usize,
+    /// Whether the taps come in reverse order.
+    pub flipped: bool,
+}
+
+/// Writes the kernels of the output channels of a strip from input channels `k0..k0 + kc` (the pair): tap `t` of input channel `k0 + k` for
+/// all these outputs at `(9 k + t) * width`. [`SLACK`] places behind them may be overwritten. The last argument is a buffer to use.
+pub(crate) type Taps<'a> = dyn Fn(Strip, (usize, usize), &mut [f32], &mut Vec<f32>) + Sync + 'a;
+
+thread_local! {
+    static PICTURE: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    static BLOCK: Cell<(Vec<f32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
+}
+
+/// Four tiles beside each other.
+#[derive(Clone, Copy)]
+struct Quad {
+    /// Where their four lines of the picture begin in [`Block::lines`].
+    from: usize,
+    /// Where their outputs begin, for channel 0.
+    to: usize,
+    /// Outputs in a line, up to eight, and lines.
+    len: usize,
+    height: usize,
+}
+
+/// Some rows of tiles.
+struct Block {
+    quads: Vec<Quad>,
+    /// Lines of the picture: of which image, and which.
+    lines: Vec<Option<(usize, usize)>>,
+    /// Numbers in a line, the zeros around it included.
+    width: usize,
+}
+
+impl Block {
+    fn tiles(&self) -> usize {
+        QUAD * self.quads.len()
+    }
+}
+
+impl Winograd {
+    /// Rows of tiles in an image.
+    fn tile_rows(&self) -> usize {
+        self.h.div_ceil(2)
+    }
+
+    /// Tiles in such a row, filled up.
+    fn tile_columns(&self) -> usize {
+        self.w.div_ceil(2).next_multiple_of(QUAD)
+    }
+
+    /// Rows of tiles, all images' counted, that a block takes.
+    fn rows_per_block(&self) -> usize {
+        let tiles = (MOST / (PLACES * self.c)).clamp(self.kernel.lanes() * 2, TILES);
+        (tiles / self.tile_columns()).clamp(1, self.n * self.tile_rows())
+    }
+
+    /// Whether this form is faster than the direct one, for one image: the number of others must not change an image's result.
+    pub(crate) fn pays(&self) -> bool {
+        if self.h <= 2 || self.w <= 2 || self.kernel.is_bf16() {
+            return false;
+        }
+        let one = Self { n: 1, ..*self };
+        let (c, o, rows) = (self.c, self.o, self.tile_rows());
+        let (tiles, blocks) = (rows * self.tile_columns(), rows.div_ceil(one.rows_per_block()));
+        let direct = c * o * 9 * self.h * self.w;
+        let cost = c * o * (PLACES * tiles + KERNEL_COST * blocks) + (c + o) * tiles * TILE_COST;
+        cost + cost / 8 < direct
+    }
+
+    /// Rows of tiles `rows.0..rows.1`, all images' counted.
+    fn block(&self, rows: (usize, usize)) -> Block {
+        let (th, tw) = (self.tile_rows(), self.tile_columns());
+        let mut block = Block { quads: Vec::new(), lines: Vec::new(), width: 2 * tw + 2 };
+        for row in rows.0..rows.1 {
+            let (image, ty) = (row / th, row % th);
+            // Two lines are those of the row above, if that is the image's too.
+            let known = if row > rows.0 && ty > 0 { 2 } else { 0 };
+            let first = block.lines.len() - known;
+            block.lines.extend((known..4).map(|i| (2 * ty + i).checked_sub(1).filter(|y| *y < self.h).map(|y| (image, y))));
+            block.quads.extend((0..tw).step_by(QUAD).map(|tx| Quad {
+                from: first * block.width + 2 * tx,
+                to: (image * self.o * self.h + 2 * ty) * self.w + 2 * tx,
+                len: (2 * QUAD).min(self.w.saturating_sub(2 * tx)),
+                height: 2.min(self.h - 2 * ty),
+            }));
+        }
+        block
+    }
+
+    /// Computes it into the first `n * o * h * w` places of `out`, all of which are written.
+    ///
+    /// # Safety
+    /// No other thread touches these places meanwhile.
+    pub(crate) unsafe fn run(&self, x: &[f32], taps: &Taps, bias: Option<&[f32]>, out: SharedMut) {
+        assert_eq!(x.len(), self.n * self.c * self.h * self.w);
+        let rows = self.n * self.tile_rows();
+        let width = vector(self.kernel);
+        let groups: Vec<Strip> = row_strips(self.kernel, self.o).map(|s| Strip { width, ..s }).collect();
+        let tasks = groups.len().div_ceil(GROUPS).next_multiple_of(rayon::current_num_threads()).min(groups.len());
+        let mut picture = PICTURE.take();
+        for first in (0..rows).step_by(self.rows_per_block()) {
+            let block = self.block((first, (first + self.rows_per_block()).min(rows)));
+            let v = reuse(&mut picture, PLACES * self.v_region(block.tiles()));
+            self.transform_picture(x, &block, SharedMut::new(v));
+            (0..tasks).into_par_iter().with_max_len(1).for_each(|task| {
+                let groups = &groups[groups.len() * task / tasks..groups.len() * (task + 1) / tasks];
+                // SAFETY: each task writes its own output channels.
+                unsafe { self.channels(v, &block, groups, taps, bias, out) };
+            });
+        }
+        PICTURE.set(picture);
+    }
+
+    /// Columns of a matrix of so many tiles in memory.
+    fn padded(&self, tiles: usize) -> usize {
+        column_strips(self.kernel, tiles).map(|s| s.width).sum()
+    }
+
+    /// Numbers from one of V's matrices to the next; not a power of two, which would share a few lines of the caches.
+    fn v_region(&self, tiles: usize) -> usize {
+        self.c * self.padded(tiles) + SLACK
+    }
+
+    /// V of a block: for each place the strips of columns one after the other, each `c` times its width.
+    fn transform_picture(&self, x: &[f32], block: &Block, v: SharedMut) {
+        let (kernel, tiles) = (self.kernel, block.tiles());
+        let (together, region) = (vector(kernel) / QUAD, self.v_region(tiles));
+        let lines = || vec![0f32; block.lines.len() * block.width];
+        (0..self.c).into_par_iter().with_min_len(grain(8 * tiles)).for_each_init(lines, |lines, ci| {
+            for (to, line) in lines.chunks_exact_mut(block.width).zip(&block.lines) {
+                if let Some((image, y)) = line {
+                    to[1..=self.w].copy_from_slice(&x[((image * self.c + ci) * self.h + y) * self.w..][..self.w]);
+                }
+            }
+            for (quads, first) in block.quads.chunks(together).zip((0..).step_by(QUAD * together)) {
+                let (start, lane) = (first / kernel.lanes() * kernel.lanes(), first % kernel.lanes());
+                let strip = if tiles - start <= kernel.narrow() { kernel.narrow() } else { kernel.lanes() };
+                let to = v.ptr(start * self.c + ci * strip + lane, (PLACES - 1) * region + QUAD * together);
+                let from = |i: usize| lines[quads[i.min(quads.len() - 1)].from..][..3 * block.width + 2 * QUAD + 2].as_ptr();
+                // SAFETY: four lines behind each pointer, by the slice; each channel has its own places of V, inside by the check in `ptr`.
+                unsafe {
+                    #[cfg(target_arch = "x86_64")]
+                    if kernel.avx512() {
+                        avx512::picture([from(0), from(1), from(2), from(3)], block.width, to, region);
+                        continue;
+                    }
+                    for i in 0..quads.len() {
+                        plain::picture(from(i), block.width, to.add(QUAD * i), region);
+                    }
+                }
+            }
+        });
+    }
+
+    /// The outputs of some strips of channels for a block.
+    ///
+    /// # Safety
+    /// No other thread touches them meanwhile.
+    unsafe fn channels(&self, v: &[f32], block: &Block, groups: &[Strip], taps: &Taps, bias: Option<&[f32]>, out: SharedMut) {
+        let Some((first, rows)) = groups.first().zip(groups.last()).map(|(a, b)| (a.start, b.start + b.len - a.start)) else { return };
+        let (kernel, tiles, width) = (self.kernel, block.tiles(), vector(self.kernel));
+        let (columns, kc) = (self.padded(tiles), self.c.min(KC));
+        let (v_region, u_region, m_region) = (self.v_region(tiles), kc * width * groups.len() + SLACK, rows * columns + SLACK);
+        let (mut buffer, mut scratch) = BLOCK.take();
+        let (u, rest) = reuse(&mut buffer, PLACES * (u_region + m_region) + 9 * TAPS * width + SLACK).split_at_mut(PLACES * u_region);
+        let (m, raw) = rest.split_at_mut(PLACES * m_region);
+        for k0 in (0..self.c).step_by(KC) {
+            let kc = KC.min(self.c - k0);
+            for (g, at) in groups.iter().zip((0..).step_by(kc * width)) {
+                for k in (0..kc).step_by(TAPS) {
+                    let count = TAPS.min(kc - k);
+                    taps(*g, (k0 + k, count), raw, &mut scratch);
+                    transform_kernels(kernel, raw, self.flipped, count, &mut u[at + k * width..], u_region);
+                }
+            }
+            for p in 0..PLACES {
+                for s in column_strips(kernel, tiles) {
+                    let b = &v[p * v_region + s.start * self.c + k0 * s.width..][..kc * s.width];
+                    for (g, at) in groups.iter().zip((0..).step_by(kc * width)) {
+                        let a = &u[p * u_region + at..][..kc * width];
+                        let c = &mut m[p * m_region + (g.start - first) * columns + s.start..][..(g.len - 1) * columns + s.len];
+                        let t = Tile {
+                            rows: g.len,
+                            columns: s.len,
+                            lanes: s.width,
+                            steps: kc,
+                            left: Left::Packed(width),
+                            rs: columns,
+                            turned: false,
+                            start: if k0 > 0 { Start::Add } else { Start::Zero },
+                            scale: 1.0,
+                        };
+                        // SAFETY: the slices hold what the tile reads and writes.
+                        unsafe { tile(kernel, t, a.as_ptr(), b.as_ptr(), c.as_mut_ptr(), &mut Ahead::none()) };
+                    }
+                }
+            }
+        }
+        for i in 0..rows {
+            let bias = bias.map_or(0.0, |b| b[first + i]);
+            let plane = out.ptr((first + i) * self.h * self.w, ((self.n - 1) * self.o + 1) * self.h * self.w);
+            for (quads, at) in block.quads.chunks(vector(kernel) / QUAD).zip((i * columns..).step_by(vector(kernel))) {
+                let m = m[at..][..(PLACES - 1) * m_region + QUAD * quads.len()].as_ptr();
+                // SAFETY: M holds a vector for each place, its columns being whole vectors; a quad's outputs lie in its image's plane, exclusive
+                // by the caller's promise.
+                unsafe {
+                    #[cfg(target_arch = "x86_64")]
+                    if kernel.avx512() {
+                        avx512::outputs(m, m_region, bias, quads, self.w, plane);
+                        continue;
+                    }
+                    for (q, quad) in quads.iter().enumerate() {
+                        plain::outputs(m.add(QUAD * q), m_region, bias, quad, self.w, plane);
+                    }
+                }
+            }
+        }
+        BLOCK.set((buffer, scratch));
+    }
+}
+
+/// Numbers in a vector: so many tiles and so many outputs' kernels are transformed at a time.
+fn vector(kernel: Kernel) -> usize {
+    kernel.lanes() / 2
+}
+
+/// `G g G^T` for each of `kc` channels, a vector of kernels at a time: place p at `p * region`.
+fn transform_kernels(kernel: Kernel, raw: &[f32], flipped: bool, kc: usize, u: &mut [f32], region: usize) {
+    let width = vector(kernel);
+    assert!(9 * kc * width <= raw.len() && (PLACES - 1) * region + kc * width <= u.len());
+    for k in 0..kc {
+        let (from, to) = (raw[9 * k * width..].as_ptr(), u[k * width..].as_mut_ptr());
+        // The reverse order is the same from the other end.
+        let (from, step) = if flipped { (from.wrapping_add(8 * width), -(width as isize)) } else { (from, width as isize) };
+        // SAFETY: all places are inside by the assertion.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if kernel.avx512() {
+                avx512::kernel(from, step, to, region);
+                continue;
+            }
+            plain::kernel(from, step, to, region);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    /// The definition, in f64.
+    fn plain(s: &Winograd, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f64> {
+        let at = |i: usize, ch: usize, y: usize, x_: usize| x[((i * s.c + ch) * s.h + y) * s.w + x_] as f64;
+        let mut out = Vec::new();
+        for (i, o) in (0..s.n).flat_map(|i| (0..s.o).map(move |o| (i, o))) {
+            for (y, x) in (0..s.h).flat_map(|y| (0..s.w).map(move |x| (y, x))) {
+                let mut sum = bias[o] as f64;
+                for (ch, tap) in (0..s.c).flat_map(|ch| (0..9).map(move |tap| (ch, tap))) {
+                    let (yy, xx) = ((y + tap / 3).wrapping_sub(1), (x + tap % 3).wrapping_sub(1));
+                    if yy < s.h && xx < s.w {
+                        let tap = if s.flipped { 8 - tap } else { tap };
+                        sum += at(i, ch, yy, xx) * weight[(o * s.c + ch) * 9 + tap] as f64;
+                    }
+                }
+                out.push(sum);
+            }
+        }
+        out
+    }
+
+    fn taps_of(weight: &[f32], c: usize, rows: Strip, (k0, kc): (usize, usize), out: &mut [f32]) {
+        for (k, to) in out.chunks_exact_mut(rows.width).take(9 * kc).enumerate() {
+            for (i, to) in to[..rows.len].iter_mut().enumerate() {
+                *to = weight[((rows.start + i) * c + k0) * 9 + k];
+            }
+        }
+    }
+
+    #[test]
+    fn equals_the_definition_at_every_edge() {
+        for (n, c, o, h, w) in
+            [(1, 3, 5, 4, 4), (2, 130, 15, 8, 8), (1, 20, 45, 7, 5), (3, 4, 2, 3, 19), (1, 5, 31, 34, 70), (2, 7, 14, 1, 1)]
+        {
+            for (flipped, kernel) in [false, true].into_iter().flat_map(|f| Kernel::all().into_iter().map(move |k| (f, k))) {
+                let s = Winograd { kernel, n, c, o, h, w, flipped };
+                let (x, weight, bias) = (numbers(n * c * h * w, 1), numbers(o * c * 9, 2), numbers(o, 3));
+                let taps = |rows: Strip, (k0, kc): (usize, usize), out: &mut [f32], _: &mut Vec<f32>| {
+                    taps_of(&weight, c, rows, (k0, kc), out);
+                };
+                let mut out = vec![f32::NAN; n * o * h * w];
+                // SAFETY: `out` is borrowed exclusively.
+                unsafe { s.run(&x, &taps, Some(&bias), SharedMut::new(&mut out)) };
+                for (got, want) in out.iter().zip(plain(&s, &x, &weight, &bias)) {
+                    // Sums of 9 c products of order one third; the transforms add and take away a few of their size.
+                    assert!((*got as f64 - want).abs() < 1e-6 * (c as f64 + 4.0), "{s:?}: {got}, {want}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<(), rayon::ThreadPoolBuildError> {
+        let s = Winograd { kernel: Kernel::f32(), n: 1, c: 70, o: 50, h: 40, w: 40, flipped: false };
+        let (x, weight) = (numbers(s.c * s.h * s.w, 1), numbers(s.o * s.c * 9, 2));
+        let taps = |rows: Strip, (k0, kc): (usize, usize), out: &mut [f32], _: &mut Vec<f32>| {
+            taps_of(&weight, s.c, rows, (k0, kc), out);
+        };
+        let mut results = Vec::new();
+        for threads in [1, 2, 3, 8] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+            let mut out = vec![0f32; s.o * s.h * s.w];
+            // SAFETY: `out` is borrowed exclusively.
+            pool.install(|| unsafe { s.run(&x, &taps, None, SharedMut::new(&mut out)) });
+            results.push(out);
+        }
+        assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+        Ok(())
+    }
+
+    #[test]
+    fn is_taken_for_the_layers_of_sdxl_and_not_for_small_ones() {
+        let of = |n, c, o, side| Winograd { kernel: Kernel::f32(), n, c, o, h: side, w: side, flipped: false }.pays();
+        assert!(of(1, 320, 320, 128) && of(1, 640, 640, 64) && of(4, 1280, 1280, 32));
+        assert!(!of(1, 4, 320, 128) && !of(1, 320, 4, 128) && !of(1, 1280, 1280, 2));
+    }
+}
