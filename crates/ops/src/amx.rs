@@ -78,71 +78,111 @@ impl Drop for Tiles {
     }
 }
 
-/// Packs one strip, `kc` steps from `k0` on, in bf16 (rounded to nearest even); what is missing is zero.
+/// Steps of made lines along k that are in memory at a time, so that a strip of them stays in the first cache.
+const MADE: usize = 8 * SIDE;
+
+/// Packs strips from place `first` on, `kc` steps from `k0` on, in bf16 (rounded to nearest even); what is missing is zero. A strip takes the place
+/// of `kc`, rounded up to [`SIDE`], times 32 numbers, of which it needs half.
 ///
 /// # Safety
-/// The CPU has AVX-512 and its bf16. `out` has room for `kc` rounded up to [`SIDE`] times 16 numbers.
+/// The CPU has AVX-512 and its bf16.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(crate) unsafe fn pack(
     operand: &Operand,
     side: Side,
-    s: Strip,
+    strips: impl Iterator<Item = Strip> + Clone,
     first: usize,
     (k0, kc): (usize, usize),
     out: &mut [f32],
     scratch: &mut Vec<f32>,
 ) {
-    assert!(kc.next_multiple_of(SIDE) * HALF <= out.len() && s.len <= SIDE);
-    scratch.resize(scratch.len().max(SIDE * kc.max(SIDE)), 0.0);
-    for k in (0..kc).step_by(SIDE) {
-        let steps = SIDE.min(kc - k);
-        let across = match operand {
-            Operand::Plain { along: 1, .. } | Operand::AlongK(_) | Operand::Rows(_) => false,
-            Operand::Plain { .. } | Operand::Across(_) | Operand::Columns(..) => true,
-        };
-        // Where the block's lines begin, and how far apart they are.
-        let (lines, apart) = match operand {
-            Operand::Plain { data, across, along: 1 } => (data[(first + s.start) * across + k0 + k..].as_ptr(), *across),
-            Operand::Plain { data, across: 1, along } => (data[first + s.start + (k0 + k) * along..].as_ptr(), *along),
-            Operand::Plain { data, across, along } => {
-                for (j, line) in scratch.chunks_exact_mut(SIDE).take(steps).enumerate() {
-                    for (i, to) in line.iter_mut().take(s.len).enumerate() {
-                        *to = data[(first + s.start + i) * across + (k0 + k + j) * along];
+    let strips = strips.zip((0..).step_by(kc.next_multiple_of(SIDE) * SIDE));
+    let blocks = |from: usize, to: usize| (from..to).step_by(SIDE).map(move |k| (k, SIDE.min(to - k)));
+    let mut put = |lines: Source, (s, at): (Strip, usize), k: usize| {
+        let to = &mut out[at + k / SIDE * 2 * TILE..][..2 * TILE];
+        // SAFETY: the caller's promise; each source below holds the lines that it says.
+        unsafe { block(lines, side, s.len, to) };
+    };
+    match *operand {
+        Operand::Plain { data, across, along: 1 } => {
+            for s in strips {
+                for (k, steps) in blocks(0, kc) {
+                    let lines = data[(first + s.0.start) * across + k0 + k..].as_ptr();
+                    put(Source { lines, apart: across, steps, across: false }, s, k);
+                }
+            }
+        }
+        Operand::Plain { data, across: 1, along } => {
+            for (k, steps) in blocks(0, kc) {
+                for s in strips.clone() {
+                    let lines = data[first + s.0.start + (k0 + k) * along..].as_ptr();
+                    put(Source { lines, apart: along, steps, across: true }, s, k);
+                }
+            }
+        }
+        Operand::AlongK(_) | Operand::Rows(_) => {
+            scratch.resize(scratch.len().max(SIDE * MADE), 0.0);
+            for s in strips {
+                for from in (0..kc).step_by(MADE) {
+                    let made = MADE.min(kc - from);
+                    for (i, line) in scratch.chunks_exact_mut(MADE).take(s.0.len).enumerate() {
+                        operand.line(first + s.0.start + i, k0 + from, &mut line[..made]);
+                    }
+                    for (k, steps) in blocks(from, from + made) {
+                        put(Source { lines: scratch[k - from..].as_ptr(), apart: MADE, steps, across: false }, s, k);
                     }
                 }
-                (scratch.as_ptr(), SIDE)
             }
-            made if across => {
-                for (j, line) in scratch.chunks_exact_mut(SIDE).take(steps).enumerate() {
-                    made.line(first + s.start, k0 + k + j, &mut line[..s.len]);
-                }
-                (scratch.as_ptr(), SIDE)
-            }
-            made => {
-                // All steps at once: lines of a weight come from memory.
-                if k == 0 {
-                    for (i, line) in scratch.chunks_exact_mut(kc).take(s.len).enumerate() {
-                        made.line(first + s.start + i, k0, line);
+        }
+        Operand::Across(_) | Operand::Columns(..) | Operand::Plain { .. } => {
+            let len = strips.clone().map(|(s, _)| s.start + s.len).max().unwrap_or(0);
+            scratch.resize(scratch.len().max(SIDE * len), 0.0);
+            for (k, steps) in blocks(0, kc) {
+                for (j, line) in scratch.chunks_exact_mut(len.max(1)).take(steps).enumerate() {
+                    if let Operand::Plain { data, across, along } = *operand {
+                        let from = &data[first * across + (k0 + k + j) * along..];
+                        line.iter_mut().zip(from.iter().step_by(across)).for_each(|(to, from)| *to = *from);
+                    } else {
+                        operand.line(first, k0 + k + j, line);
                     }
                 }
-                (scratch[k..].as_ptr(), kc)
-            }
-        };
-        for half in 0..2 {
-            let count = s.len.saturating_sub(HALF * half).min(HALF);
-            let to = out[(k / SIDE * 2 + half) * TILE..][..TILE].as_mut_ptr();
-            // SAFETY: lines and their lengths as above; a tile's room.
-            unsafe {
-                let (block, turned) = if across {
-                    (pairs_of_lines(lines.wrapping_add(HALF * half), apart, count, steps), side == Side::Left)
-                } else {
-                    (rounded_lines(lines.wrapping_add(HALF * half * apart), apart, count, steps), side == Side::Right)
-                };
-                let block = if turned { turn(block) } else { block };
-                for (i, line) in block.iter().enumerate() {
-                    _mm512_storeu_ps(to.add(HALF * i), *line);
+                for s in strips.clone() {
+                    put(Source { lines: scratch[s.0.start..].as_ptr(), apart: len, steps, across: true }, s, k);
                 }
             }
+        }
+    }
+}
+
+/// Lines in memory, `apart` from each other: across neighbours, one for each of `steps`; or along k, one for each neighbour.
+#[derive(Clone, Copy)]
+struct Source {
+    lines: *const f32,
+    apart: usize,
+    steps: usize,
+    across: bool,
+}
+
+/// The two tiles of `len` neighbours.
+///
+/// # Safety
+/// The CPU has AVX-512 and its bf16. The source holds `len` neighbours.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn block(s: Source, side: Side, len: usize, to: &mut [f32]) {
+    for (half, to) in to.chunks_exact_mut(TILE).enumerate() {
+        let count = len.saturating_sub(HALF * half).min(HALF);
+        // SAFETY: the caller's promises.
+        let lines = unsafe {
+            if s.across {
+                pairs_of_lines(s.lines.wrapping_add(HALF * half), s.apart, count, s.steps)
+            } else {
+                rounded_lines(s.lines.wrapping_add(HALF * half * s.apart), s.apart, count, s.steps)
+            }
+        };
+        let lines = if s.across == (side == Side::Left) { turn(lines) } else { lines };
+        for (to, line) in to.as_chunks_mut::<HALF>().0.iter_mut().zip(lines) {
+            // SAFETY: sixteen numbers.
+            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), line) };
         }
     }
 }

@@ -132,10 +132,8 @@ pub(crate) fn pack(
     let padded = kc.next_multiple_of(kernel.per_step());
     #[cfg(target_arch = "x86_64")]
     if kernel.is_amx() {
-        for (s, at) in strips.zip((0..).step_by(padded * kernel.lanes())) {
-            // SAFETY: the kernel is chosen only where the CPU has its instructions.
-            unsafe { crate::amx::pack(operand, side, s, first, k, &mut out[at..], scratch) };
-        }
+        // SAFETY: the kernel is chosen only where the CPU has its instructions.
+        unsafe { crate::amx::pack(operand, side, strips, first, k, out, scratch) };
         return;
     }
     let _ = side;
