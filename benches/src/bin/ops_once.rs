@@ -40,7 +40,8 @@ fn run(args: &Args) -> Result<()> {
     let names: Vec<&str> = cases.iter().map(|case| case.name).collect();
     let mut timed = |name: &str| {
         let case = cases.iter_mut().find(|case| case.name == name).ok_or_else(|| format!("there is no op {name}"))?;
-        time(case, args.runs)
+        // As in a step of the trainer.
+        ops::awake(|| time(case, args.runs))
     };
     if args.on_request {
         return request::serve(&names, timed);

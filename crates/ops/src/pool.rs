@@ -3,7 +3,7 @@
 use crate::gemm::{bf16, with_bf16};
 use candle_core::Tensor;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Runs both, on the CPU at the same time: what is too small for all threads need not wait for what keeps them busy. `like` tells where.
 pub fn together<A: Send, B: Send>(like: &Tensor, a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
@@ -14,8 +14,9 @@ pub fn together<A: Send, B: Send>(like: &Tensor, a: impl FnOnce() -> A + Send, b
     rayon::join(|| with_bf16(on, a), || with_bf16(on, b))
 }
 
-/// Looks for work that an idle thread makes before it begins to sleep in between; about 200 microseconds.
-const LOOKS: u32 = 200;
+/// For how long an idle thread looks for work before it begins to sleep in between. Time and not looks: where the system put it on the core of
+/// a busy thread, each look takes that one's time slice, and only when it wakes from sleep it is put elsewhere.
+const LOOKS: Duration = Duration::from_micros(200);
 /// How long it sleeps then.
 const NAP: Duration = Duration::from_micros(100);
 
@@ -34,13 +35,14 @@ pub fn awake<R>(f: impl FnOnce() -> R) -> R {
     rayon::in_place_scope(|scope| {
         let _ended = Ended(&ended);
         scope.spawn_broadcast(|_, context| {
-            let mut looks = 0;
+            let mut idle = None;
             while context.index() != own && !ended.load(Ordering::Acquire) {
-                looks = if rayon::yield_now() == Some(rayon::Yield::Executed) { 0 } else { looks + 1 };
-                if looks > LOOKS {
-                    std::thread::sleep(NAP);
-                } else if looks > 0 {
+                if rayon::yield_now() == Some(rayon::Yield::Executed) {
+                    idle = None;
+                } else if idle.get_or_insert_with(Instant::now).elapsed() < LOOKS {
                     std::thread::yield_now();
+                } else {
+                    std::thread::sleep(NAP);
                 }
             }
         });
