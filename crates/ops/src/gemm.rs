@@ -22,7 +22,7 @@ fn depth(kernel: Kernel) -> usize {
 
 /// Columns and rows of a block, so that both packed operands fit the second cache: 1 MiB where there is AVX-512, 512 KiB elsewhere.
 fn block(kernel: Kernel) -> (usize, usize) {
-    if kernel.avx512() { (384, 196) } else { (256, 192) }
+    if kernel.avx512() { (576, 196) } else { (256, 192) }
 }
 
 /// Rows of a left operand up to which the sides may change places: the right one is read once for every block of them.
