@@ -9,8 +9,8 @@ use rayon::prelude::*;
 
 use crate::Result;
 
-/// Elements of the tensor that Lion8bit steps and of the one that is copied: 64 MiB of f32, more than a cache holds.
-const LARGE: usize = 1 << 24;
+/// Elements of the tensor that Lion8bit steps and of the one that is copied: 512 MiB of f32, more than a server's cache holds.
+const LARGE: usize = 1 << 27;
 
 /// What one run of a case works through.
 #[derive(Clone, Copy, Debug)]
@@ -160,5 +160,5 @@ fn large() -> Result<[Case; 2]> {
     let n = LARGE as u64;
     // Weight and code in and out, gradient in, and an absmax of four bytes in and out for each 256.
     let lion = Work::Bytes(n * (8 + 2 + 4) + n / 256 * 8);
-    Ok([plain("lion8bit_16m", lion, step), plain("copy_64mib", Work::Bytes(8 * n), copy)])
+    Ok([plain("lion8bit_128m", lion, step), plain("copy_512mib", Work::Bytes(8 * n), copy)])
 }

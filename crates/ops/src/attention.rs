@@ -11,7 +11,7 @@ use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
 /// Query rows whose scores are in memory at a time, per thread.
-const QUERIES: usize = 112;
+const QUERIES: usize = 224;
 
 /// Sizes of one call: batch, heads, tokens of queries and of keys, features per head.
 #[derive(Clone, Copy)]
