@@ -2,7 +2,7 @@
 //! `ops` measures the same with statistics; this program is for running both sides alternately.
 
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use benches::cases::{self, Case};
 use benches::{Result, ended, in_pool, median, request};
@@ -16,7 +16,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Times single ops and prints one JSON line for each.
 #[derive(Parser)]
 struct Args {
-    /// Runs that are timed; two more go before them.
+    /// Runs that are timed; two more, and as many as take 30 milliseconds, go before them.
     #[arg(long, default_value_t = 15)]
     runs: usize,
     /// Threads; one per core if not given.
@@ -52,14 +52,20 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// A core that slept needs some time to run, and a thread to be put on it.
+const WARM: Duration = Duration::from_millis(30);
+
 fn time(case: &mut Case, runs: usize) -> Result<Value> {
     let mut times = Vec::with_capacity(runs);
-    for i in 0..runs + 2 {
+    let (begin, mut before) = (Instant::now(), 0);
+    while before < 2 || begin.elapsed() < WARM {
+        (case.run)()?;
+        before += 1;
+    }
+    for _ in 0..runs {
         let start = Instant::now();
         (case.run)()?;
-        if i >= 2 {
-            times.push(start.elapsed().as_secs_f64());
-        }
+        times.push(start.elapsed().as_secs_f64());
     }
     let seconds = median(&times);
     Ok(json!({
