@@ -138,7 +138,8 @@ fn a_step_asks_the_gpu_for_what_it_asked_before() {
             &*dir,
             &*accumulation,
         ];
-        train(&world, &set, &[("DRY_GPU_DEPTH", "walk")]).map(|(ran, asked)| {
+        // Nothing counts as done before the host has waited for it: no buffer may be taken again that a slow GPU could still read.
+        train(&world, &set, &[("DRY_GPU_DEPTH", "walk"), ("DRY_GPU_LATE", "1")]).map(|(ran, asked)| {
             ran.good();
             asked
         })
@@ -146,6 +147,7 @@ fn a_step_asks_the_gpu_for_what_it_asked_before() {
     let (Some(two), Some(three), Some(long)) = (run(2, 1), run(3, 1), run(2, 2)) else { return };
     let of_step = |name: &str| three.calls(name) - two.calls(name);
     let of_batch = |name: &str| (long.calls(name) - two.calls(name)) / 2;
+    let bytes_of_batch = |name: &str| (long.bytes(name) - two.bytes(name)) / 2;
     println!(
         "a step of one batch: {} launches, {} copies to the GPU ({} bytes), {} to the host ({} bytes), {} synchronisations, {} allocations; peak {} bytes",
         of_step("launches"),
@@ -157,12 +159,41 @@ fn a_step_asks_the_gpu_for_what_it_asked_before() {
         of_step("allocations"),
         two.calls("memory peak"),
     );
-    println!("a further batch: {} launches, {} copies to the host", of_batch("launches"), of_batch("copy to host"));
+    let locked = "page-locked copy to device";
+    println!(
+        "a further batch: {} launches, {} copies to the host, {} to the GPU ({} bytes), of them from page-locked memory {} ({} bytes)",
+        of_batch("launches"),
+        of_batch("copy to host"),
+        of_batch("copy to device"),
+        bytes_of_batch("copy to device"),
+        of_batch(locked),
+        bytes_of_batch(locked),
+    );
     // Inside the accumulation window the host waits for nothing: losses are read once, at its end.
     assert_eq!(of_batch("copy to host"), 0, "a batch of the accumulation window makes the host wait");
     assert_eq!(long.all("synchronise"), two.all("synchronise"));
+    // Latents, noise and size conditions of a picture come from page-locked memory; the rest (token ids, timestep, and the shapes that
+    // candle's kernels read) are some bytes each, which the driver sends along with its commands.
+    assert_eq!((of_batch(locked), bytes_of_batch(locked)), (3, 4 * (2 * 4 * 8 * 8 + 6)));
+    // The next step takes the same memory again.
+    assert_eq!(three.0.get("page-locked memory"), two.0.get("page-locked memory"));
     // Nothing is left behind from step to step.
     assert_eq!(three.calls("memory peak"), two.calls("memory peak"));
+}
+
+#[test]
+fn where_no_memory_can_be_locked_batches_come_as_other_tensors_do() {
+    let (locked, plain) = (World::new("dry-locked"), World::new("dry-unlocked"));
+    let set = ["train.optimizer=\"Lion8bit\"", "train.max_train_steps=2"];
+    let Some((ran, asked)) = train(&locked, &set, &[("DRY_GPU_LATE", "1")]) else { return };
+    ran.good();
+    assert!(asked.calls("page-locked copy to device") > 0);
+    let (ran, asked) = train(&plain, &set, &[("DRY_GPU_FAIL", "host:1")]).expect("it ran before");
+    let warnings = ran.ended_with(0).warnings();
+    let what = "no page-locked memory for batches, so that each is waited for on its way to the GPU";
+    assert!(warnings.len() == 1 && warnings[0].contains(what), "{warnings:?}");
+    assert_eq!(asked.calls("page-locked copy to device"), 0);
+    assert_eq!(losses(&locked), losses(&plain));
 }
 
 #[test]

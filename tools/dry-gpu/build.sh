@@ -9,14 +9,16 @@ shift
 mkdir -p "$out"
 flags="-std=c++20 -O3 -Wall -fPIC -shared"
 library() { # NAME VERSION [SOURCE]
-    if [ "$3" = none ]; then set -- "$1" "$2" -xc++ /dev/null; else set -- "$1" "$2" "$here/$3" -L"$out" -lcuda; fi
     name=$1 version=$2
-    shift 2
-    [ "$name" != cuda ] || set -- "$1" -ldl
+    case $name-$3 in
+    *-none) set -- -xc++ /dev/null ;;
+    cuda-*) set -- "$here/driver.cpp" "$here/memory.cpp" -ldl ;;
+    *) set -- "$here/$3" -L"$out" -lcuda ;;
+    esac
     g++ $flags -Wl,-soname,"lib$name.so.$version" -o "$out/lib$name.so.$version" "$@"
     ln -sf "lib$name.so.$version" "$out/lib$name.so"
 }
-library cuda 1 driver.cpp
+library cuda 1 "driver.cpp, memory.cpp"
 library cublas 13 blas.cpp
 library cublasLt 13 none
 library curand 10 rand.cpp

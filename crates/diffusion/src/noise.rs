@@ -129,7 +129,8 @@ impl NoiseConfig {
         Some(noise)
     }
 
-    /// Timesteps and noise of a whole batch, on the device of `latents` ([B, C, H, W]). `keys`: one per sample.
+    /// Timesteps and noise of a whole batch, on the CPU. `latents`: [B, C, H, W], of which only `adaptive_noise_scale` reads more than the
+    /// shape; `keys`: one per sample.
     pub fn draw_batch(&self, keys: &[SampleKey], latents: &Tensor) -> Result<BatchNoise> {
         let (batch, channels, height, width) = latents.dims4()?;
         if keys.len() != batch {
@@ -149,8 +150,7 @@ impl NoiseConfig {
             target.extend(self.draw_noise(key, shape, means));
             extra.extend(self.draw_input_perturbation(key, shape).into_iter().flatten());
         }
-        let tensor =
-            |values: Vec<f32>| Tensor::from_vec(values, (batch, channels, height, width), &Device::Cpu)?.to_device(latents.device());
+        let tensor = |values: Vec<f32>| Tensor::from_vec(values, (batch, channels, height, width), &Device::Cpu);
         let target = tensor(target)?;
         let input = if extra.is_empty() { target.clone() } else { (&target + tensor(extra)?)? };
         Ok(BatchNoise { target, input, timesteps })

@@ -5,6 +5,7 @@ pub(crate) mod attention;
 pub(crate) mod mix;
 pub(crate) mod norm;
 pub(crate) mod pointwise;
+pub(crate) mod staging;
 
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice, DeviceId};
 use candle_core::op::BackpropOp;

@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Device, Tensor};
 use dataset::{BatchPlan, CaptionContext, Dataset, LatentCache, LatentSource, LatentVisit, Prefetcher};
 use diffusion::{BatchNoise, NoiseConfig, SampleKey};
+use ops::Staging;
 use random::{Purpose, Stream};
 use sdxl::tokenizer::Tokenizer;
 use sdxl::vae::{AutoencoderKL, LATENT_SCALE};
 
 use crate::config::RunConfig;
 use crate::error::Result;
-use crate::latents::{self, draw, pixels_tensor};
+use crate::latents::{self, draw, pixels_tensor, posterior_noise};
 use crate::step::MicroBatch;
 use crate::timeline::Timeline;
 
@@ -34,6 +35,7 @@ pub struct Data {
     rank: u64,
     seed: u64,
     plans: Mutex<BTreeMap<u64, Arc<BatchPlan>>>,
+    staging: Staging,
 }
 
 /// One batch, as far as it can be made without the VAE.
@@ -74,6 +76,7 @@ impl Data {
             rank: rank as u64,
             seed: t.seed,
             plans: Mutex::default(),
+            staging: Staging::default(),
         })
     }
 
@@ -161,21 +164,27 @@ impl Data {
     /// # Errors
     /// If shapes do not fit, or the cache cannot be written.
     pub fn finish(&self, prepared: Prepared, vae: &AutoencoderKL) -> Result<MicroBatch> {
+        let send = |t: &Tensor| self.staging.to_device(t, vae.device());
         let unscaled = match prepared.images {
             Images::Cached(visits) => {
                 let latents: Result<Vec<Tensor>> = visits.into_iter().map(|visit| self.latent(visit, vae)).collect();
-                Tensor::cat(&latents?, 0)?.to_device(vae.device())?
+                Tensor::cat(&latents?, 0)?
             }
             Images::Pixels(pixels) => {
-                let (mean, logvar) = vae.encode(&pixels.to_device(vae.device())?)?;
-                let draws = prepared.keys.iter().map(|k| Stream::new(self.seed, Purpose::Posterior, k.epoch, k.position));
-                draw(&mean, &logvar, draws)?
+                let (mean, logvar) = vae.encode(&send(&pixels)?)?;
+                let streams = prepared.keys.iter().map(|k| Stream::new(self.seed, Purpose::Posterior, k.epoch, k.position));
+                draw(&mean, &logvar, &send(&posterior_noise(&mean, streams)?)?)?
             }
         };
         let latents = (unscaled * LATENT_SCALE)?;
-        let noise = self.noise.draw_batch(&prepared.keys, &latents)?;
-        let n = prepared.samples.len();
-        let time_ids = Tensor::from_vec(prepared.time_ids, (n, 6), vae.device())?;
+        let BatchNoise { target: drawn, input, timesteps } = self.noise.draw_batch(&prepared.keys, &latents)?;
+        let (latents, target) = (send(&latents)?, send(&drawn)?);
+        let input = if input.id() == drawn.id() { target.clone() } else { send(&input)? };
+        let time_ids = send(&Tensor::from_vec(prepared.time_ids, (timesteps.len(), 6), &Device::Cpu)?)?;
+        if let Some(why) = self.staging.refusal() {
+            tracing::warn!("no page-locked memory for batches, so that each is waited for on its way to the GPU: {why}");
+        }
+        let noise = BatchNoise { target, input, timesteps };
         Ok(MicroBatch { latents, noise, ids: prepared.ids, chunks: self.chunks, time_ids })
     }
 

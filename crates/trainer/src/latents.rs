@@ -119,7 +119,8 @@ fn encode_batch(config: &RunConfig, dataset: &Dataset, cache: &LatentCache, vae:
 /// If a latent is not finite, or the cache cannot be written.
 pub fn keep(cache: &LatentCache, vae: &AutoencoderKL, pixels: &Tensor, items: &[&LatentItem]) -> Result<Tensor> {
     let (mean, logvar) = vae.encode(&pixels.to_device(vae.device())?)?;
-    let latents = draw(&mean, &logvar, items.iter().map(|item| Stream::new(0, Purpose::Posterior, item.id.number(), 0)))?;
+    let noise = posterior_noise(&mean, items.iter().map(|item| Stream::new(0, Purpose::Posterior, item.id.number(), 0)))?;
+    let latents = draw(&mean, &logvar, &noise.to_device(mean.device())?)?;
     let [c, h, w] = [1, 2, 3].map(|i| latents.dims()[i]);
     let mut kept = Vec::with_capacity(latents.elem_count());
     for (i, item) in items.iter().enumerate() {
@@ -128,14 +129,21 @@ pub fn keep(cache: &LatentCache, vae: &AutoencoderKL, pixels: &Tensor, items: &[
     Ok(Tensor::from_vec(kept, (items.len(), c, h, w), &Device::Cpu)?)
 }
 
-/// mean + exp(logvar / 2) * noise, one stream per item.
+/// Noise for a draw from the posteriors with these means, one stream per item; on the CPU.
+///
+/// # Errors
+/// If there are more or fewer streams than items.
+pub fn posterior_noise(mean: &Tensor, streams: impl Iterator<Item = Stream>) -> Result<Tensor> {
+    let per_item: usize = mean.dims()[1..].iter().product();
+    let noise: Vec<f32> = streams.flat_map(|mut s| s.normal(per_item)).collect();
+    Ok(Tensor::from_vec(noise, mean.shape(), &Device::Cpu)?)
+}
+
+/// mean + exp(logvar / 2) * noise.
 ///
 /// # Errors
 /// If the shapes differ.
-pub fn draw(mean: &Tensor, logvar: &Tensor, streams: impl Iterator<Item = Stream>) -> Result<Tensor> {
-    let per_item: usize = mean.dims()[1..].iter().product();
-    let noise: Vec<f32> = streams.flat_map(|mut s| s.normal(per_item)).collect();
-    let noise = Tensor::from_vec(noise, mean.shape(), mean.device())?;
+pub fn draw(mean: &Tensor, logvar: &Tensor, noise: &Tensor) -> Result<Tensor> {
     Ok((mean + (logvar * 0.5)?.exp()? * noise)?)
 }
 

@@ -94,15 +94,16 @@ fn run(device: &Device, config: &RunConfig, side: usize, n: usize, timed: u64) -
 /// Latents of noise, and a caption of the start and end tokens alone.
 fn batch(config: &RunConfig, s: u64, shape: (usize, usize, usize, usize), device: &Device) -> Result<MicroBatch> {
     let (n, c, h, w) = shape;
-    let latents = Tensor::from_vec(Stream::new(1, Purpose::Noise, s, 0).normal(n * c * h * w), shape, device)?;
+    let latents = Tensor::from_vec(Stream::new(1, Purpose::Noise, s, 0).normal(n * c * h * w), shape, &Device::Cpu)?;
     let keys: Vec<SampleKey> = (0..n as u64).map(|position| SampleKey { epoch: s, position }).collect();
     let BatchNoise { target, input, timesteps } = config.noise().draw_batch(&keys, &latents)?;
+    let noise = BatchNoise { target: target.to_device(device)?, input: input.to_device(device)?, timesteps };
     let rows = chunks(config.train.max_token_length);
     let row: Vec<u32> = std::iter::once(49_406).chain(std::iter::repeat_n(49_407, 76)).collect();
     let ids = vec![row; n * rows];
     let size = [8 * h, 8 * w, 0, 0, 8 * h, 8 * w].map(|v| v as f32);
     let time_ids = Tensor::from_vec(size.repeat(n), (n, 6), device)?;
-    Ok(MicroBatch { latents, noise: BatchNoise { target, input, timesteps }, ids: [ids.clone(), ids], chunks: rows, time_ids })
+    Ok(MicroBatch { latents: latents.to_device(device)?, noise, ids: [ids.clone(), ids], chunks: rows, time_ids })
 }
 
 /// Seconds since the last look, all work of the device included.
