@@ -1,8 +1,8 @@
 // A stand-in for libcublas: the products that candle asks for, with f32 sums for f16, bf16 and f32, f64 sums for f64.
 #include "dry.h"
+#include "gemm.h"
 
 #include <string>
-#include <vector>
 
 namespace {
 Type type_of(int cuda) {
@@ -19,44 +19,33 @@ const char *label(Type t) {
     return t == Type::F16 ? "gemm f16" : t == Type::BF16 ? "gemm bf16" : t == Type::F64 ? "gemm f64" : "gemm f32";
 }
 
-// Row-major copy of op(A) (rows x cols) of a column-major matrix with leading dimension ld.
-template <class T> std::vector<T> take(const void *data, Type t, bool transposed, size_t rows, size_t cols, size_t ld, size_t offset) {
-    std::vector<T> out(rows * cols);
-    for (size_t i = 0; i < rows; i++)
-        for (size_t j = 0; j < cols; j++) {
-            size_t at = offset + (transposed ? i * ld + j : j * ld + i);
-            out[i * cols + j] = t == Type::F64 ? T(static_cast<const double *>(data)[at]) : T(load(data, t, at));
-        }
-    return out;
+template <class T, class E> T number(const void *data, size_t at) { return T(static_cast<const E *>(data)[at]); }
+template <class T> T (*reader(Type t))(const void *, size_t) {
+    if (t == Type::F16) return number<T, _Float16>;
+    if (t == Type::F32) return number<T, float>;
+    if (t == Type::F64) return number<T, double>;
+    return [](const void *data, size_t at) { return T(load(data, Type::BF16, at)); };
 }
 
 template <class T>
 void product(int ta, int tb, size_t m, size_t n, size_t k, T alpha, const void *a, Type at, size_t lda, long long sa, const void *b, Type bt, size_t ldb,
              long long sb, T beta, void *c, Type ct, size_t ldc, long long sc, int batch) {
-    for (int i = 0; i < batch; i++) {
-        auto left = take<T>(a, at, ta != 0, m, k, lda, size_t(i * sa));
-        // b transposed, so that the inner loop runs along rows of C's transpose.
-        auto right = take<T>(b, bt, tb == 0, n, k, ldb, size_t(i * sb));
-        std::vector<T> column(m), lt(m * k);
-        for (size_t r = 0; r < m; r++)
-            for (size_t x = 0; x < k; x++) lt[x * m + r] = left[r * k + x];
-        for (size_t j = 0; j < n; j++) {
-            std::fill(column.begin(), column.end(), T(0));
-            for (size_t x = 0; x < k; x++) {
-                T factor = right[j * k + x];
-                const T *row = &lt[x * m];
-                for (size_t r = 0; r < m; r++) column[r] += factor * row[r];
+    auto left = reader<T>(at), right = reader<T>(bt);
+    for (size_t i = 0; i < size_t(batch); i++) {
+        auto in_a = [&](size_t r, size_t x) { return left(a, i * sa + (ta ? r * lda + x : x * lda + r)); };
+        auto in_b = [&](size_t x, size_t j) { return right(b, i * sb + (tb ? x * ldb + j : j * ldb + x)); };
+        auto out = [&](size_t r, size_t j, T sum) {
+            size_t place = i * sc + j * ldc + r;
+            if (ct == Type::F64) {
+                auto &d = static_cast<double *>(c)[place];
+                d = alpha * sum + (beta != 0 ? beta * d : 0);
+            } else {
+                store(c, ct, place, float(alpha * sum) + (beta != 0 ? float(beta) * load(c, ct, place) : 0.0f));
             }
-            for (size_t r = 0; r < m; r++) {
-                size_t place = size_t(i * sc) + j * ldc + r;
-                if (ct == Type::F64) {
-                    auto &d = static_cast<double *>(c)[place];
-                    d = alpha * column[r] + (beta != 0 ? beta * d : 0);
-                } else {
-                    store(c, ct, place, float(alpha * column[r]) + (beta != 0 ? float(beta) * load(c, ct, place) : 0.0f));
-                }
-            }
-        }
+        };
+        // The longer side is the one whose sums stand side by side.
+        if (m >= n) gemm<T>(m, n, k, in_a, in_b, out);
+        else gemm<T>(n, m, k, [&](size_t j, size_t x) { return in_b(x, j); }, [&](size_t x, size_t r) { return in_a(r, x); }, [&](size_t j, size_t r, T sum) { out(r, j, sum); });
     }
 }
 } // namespace

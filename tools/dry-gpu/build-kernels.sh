@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=$1
 shift
 mkdir -p "$out/kernels"
-flags="-std=c++20 -O2 -fPIC -w -fno-strict-aliasing -ffp-contract=off -I$here/include -I$here"
+flags="-std=c++20 -O2 -march=x86-64-v3 -fPIC -w -fno-strict-aliasing -ffp-contract=off -I$here/include -I$here"
 objects=
 for file in "$@"; do
     name=$(basename "$file" .cu)

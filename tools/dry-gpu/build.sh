@@ -7,7 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=$1
 shift
 mkdir -p "$out"
-flags="-std=c++20 -O3 -Wall -fPIC -shared"
+flags="-std=c++20 -O3 -march=x86-64-v3 -Wall -fPIC -shared"
 library() { # NAME VERSION [SOURCE]
     name=$1 version=$2
     case $name-$3 in

@@ -1,5 +1,6 @@
 // A stand-in for libcudnn: descriptors, the convolution (cross-correlation, NCHW) and its two gradients, with f32 sums.
 #include "dry.h"
+#include "gemm.h"
 
 #include <cstring>
 #include <string>
@@ -102,30 +103,48 @@ void write(const Tensor *t, void *data, const std::vector<float> &values, const 
                 }
 }
 
-// Calls `line(x, w, y, from, to)` for each run of products: output pixels from..to of one line, x at its pixel for the output pixel 0
-// (which may lie outside), `w` one number of the kernel, all as places in contiguous tensors. The innermost loop is the caller's.
-template <class Line> void each_line(const Call &call, Line line) {
-    auto [x, w, y, c] = call;
-    int step = c->stride[1];
-    for (int n = 0; n < y->dims[0]; n++)
-        for (int o = 0; o < y->dims[1]; o++)
-            for (int ci = 0; ci < x->dims[1]; ci++)
-                for (int ky = 0; ky < w->dims[2]; ky++)
-                    for (int kx = 0; kx < w->dims[3]; kx++) {
-                        size_t tap = ((size_t(o) * x->dims[1] + ci) * w->dims[2] + ky) * w->dims[3] + kx;
-                        int first = kx * c->dilation[1] - c->pad[1];
-                        int from = first < 0 ? (-first + step - 1) / step : 0;
-                        int to = first < x->dims[3] ? (x->dims[3] - 1 - first) / step + 1 : 0;
-                        if (to > y->dims[3]) to = y->dims[3];
-                        for (int i = 0; i < y->dims[2]; i++) {
-                            int row = i * c->stride[0] + ky * c->dilation[0] - c->pad[0];
-                            if (row < 0 || row >= x->dims[2]) continue;
-                            ptrdiff_t in = ((ptrdiff_t(n) * x->dims[1] + ci) * x->dims[2] + row) * x->dims[3] + first;
-                            size_t out = ((size_t(n) * y->dims[1] + o) * y->dims[2] + i) * y->dims[3];
-                            line(in, tap, out, from, to);
-                        }
-                    }
+// A place of an image or of a kernel: its channel or image as an offset into the data, and its row and column.
+struct Place {
+    size_t offset;
+    int row, column;
+};
+
+// All places of `outer` pieces of rows x columns, each row and column times `step`, less `pad`; pieces lie `apart` in the data.
+std::vector<Place> places(int outer, size_t apart, int rows, int columns, const int *step, const int *pad) {
+    std::vector<Place> all;
+    all.reserve(size_t(outer) * rows * columns);
+    for (int o = 0; o < outer; o++)
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < columns; j++) all.push_back({o * apart, i * step[0] - pad[0], j * step[1] - pad[1]});
+    return all;
 }
+
+const int ONE[] = {1, 1}, NONE[] = {0, 0};
+
+// The convolution as a product: its rows are the output's pixels, its sums run over the places of the kernel.
+struct Product {
+    const Call &call;
+    std::vector<Place> taps, pixels;
+    int height, width;
+
+    explicit Product(const Call &call)
+        : call(call), taps(places(call.w->dims[1], size_t(call.x->dims[2]) * call.x->dims[3], call.w->dims[2], call.w->dims[3], call.c->dilation, NONE)),
+          pixels(places(call.y->dims[0], size_t(call.x->dims[1]) * call.x->dims[2] * call.x->dims[3], call.y->dims[2], call.y->dims[3], call.c->stride, call.c->pad)),
+          height(call.x->dims[2]), width(call.x->dims[3]) {}
+
+    // The number of the image that meets a place of the kernel at an output pixel; 0 outside.
+    float under(const std::vector<float> &image, const Place &tap, const Place &pixel) const {
+        int row = pixel.row + tap.row, column = pixel.column + tap.column;
+        bool in = row >= 0 && row < height && column >= 0 && column < width;
+        return in ? image[pixel.offset + tap.offset + size_t(row) * width + column] : 0;
+    }
+
+    // Where output channel `o` has output pixel `p`.
+    size_t out(size_t o, size_t p) const {
+        size_t size = size_t(call.y->dims[2]) * call.y->dims[3];
+        return (p / size * call.y->dims[1] + o) * size + p % size;
+    }
+};
 
 size_t count(const Tensor *t) { return size_t(t->dims[0]) * t->dims[1] * t->dims[2] * t->dims[3]; }
 
@@ -198,12 +217,11 @@ int cudnnConvolutionForward(void *, const void *alpha, void *xd, const void *x, 
     if (int status = call.begin(space, bytes)) return status;
     if (!dry_computes()) return OK;
     std::vector<float> image = read(call.x, x), kernel = read(call.w, w), out(count(call.y));
-    const int step = call.c->stride[1];
-    each_line(call, [&](ptrdiff_t in, size_t tap, size_t at, int from, int to) {
-        const float k = kernel[tap], *line = image.data();
-        float *sum = out.data() + at;
-        for (int j = from; j < to; j++) sum[j] += k * line[in + ptrdiff_t(j) * step];
-    });
+    Product p(call);
+    const size_t taps = p.taps.size();
+    gemm<float>(
+        p.pixels.size(), call.y->dims[1], taps, [&](size_t i, size_t t) { return p.under(image, p.taps[t], p.pixels[i]); },
+        [&](size_t t, size_t o) { return kernel[o * taps + t]; }, [&](size_t i, size_t o, float sum) { out[p.out(o, i)] = sum; });
     write(call.y, y, out, alpha, beta);
     return OK;
 }
@@ -214,12 +232,22 @@ int cudnnConvolutionBackwardData(void *, const void *alpha, void *wd, const void
     if (int status = call.begin(space, bytes)) return status;
     if (!dry_computes()) return OK;
     std::vector<float> kernel = read(call.w, w), grad = read(call.y, dy), out(count(call.x));
-    const int step = call.c->stride[1];
-    each_line(call, [&](ptrdiff_t in, size_t tap, size_t at, int from, int to) {
-        const float k = kernel[tap], *line = grad.data() + at;
-        float *sum = out.data();
-        for (int j = from; j < to; j++) sum[in + ptrdiff_t(j) * step] += k * line[j];
-    });
+    // The rows are the input's pixels; what meets them is found backwards, where the stride comes out even.
+    const Conv *c = call.c;
+    const int channels = call.x->dims[1], height = call.y->dims[2], width = call.y->dims[3];
+    const size_t kernels = size_t(call.w->dims[2]) * call.w->dims[3], pixels = size_t(call.x->dims[2]) * call.x->dims[3];
+    auto rows = places(call.x->dims[0], size_t(call.y->dims[1]) * height * width, call.x->dims[2], call.x->dims[3], ONE, NONE);
+    auto taps = places(call.y->dims[1], size_t(height) * width, call.w->dims[2], call.w->dims[3], c->dilation, c->pad);
+    auto met = [&](size_t i, size_t t) {
+        int row = rows[i].row - taps[t].row, column = rows[i].column - taps[t].column;
+        if (row < 0 || column < 0 || row % c->stride[0] || column % c->stride[1]) return 0.0f;
+        row /= c->stride[0], column /= c->stride[1];
+        return row < height && column < width ? grad[rows[i].offset + taps[t].offset + size_t(row) * width + column] : 0.0f;
+    };
+    gemm<float>(
+        rows.size(), channels, taps.size(), met,
+        [&](size_t t, size_t ci) { return kernel[(t / kernels * channels + ci) * kernels + t % kernels]; },
+        [&](size_t i, size_t ci, float sum) { out[(i / pixels * channels + ci) * pixels + i % pixels] = sum; });
     write(call.x, dx, out, alpha, beta);
     return OK;
 }
@@ -230,13 +258,11 @@ int cudnnConvolutionBackwardFilter(void *, const void *alpha, void *xd, const vo
     if (int status = call.begin(space, bytes)) return status;
     if (!dry_computes()) return OK;
     std::vector<float> image = read(call.x, x), grad = read(call.y, dy), out(count(call.w));
-    const int step = call.c->stride[1];
-    each_line(call, [&](ptrdiff_t in, size_t tap, size_t at, int from, int to) {
-        const float *pixels = image.data(), *line = grad.data() + at;
-        float sum = 0;
-        for (int j = from; j < to; j++) sum += pixels[in + ptrdiff_t(j) * step] * line[j];
-        out[tap] += sum;
-    });
+    Product p(call);
+    const size_t taps = p.taps.size();
+    gemm<float>(
+        taps, call.y->dims[1], p.pixels.size(), [&](size_t t, size_t i) { return p.under(image, p.taps[t], p.pixels[i]); },
+        [&](size_t i, size_t o) { return grad[p.out(o, i)]; }, [&](size_t t, size_t o, float sum) { out[o * taps + t] = sum; });
     write(call.w, dw, out, alpha, beta);
     return OK;
 }
