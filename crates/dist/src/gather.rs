@@ -79,7 +79,7 @@ fn collect(
     received: &Receiver<(usize, Event)>,
 ) -> Result<(), Verdict> {
     let start = Instant::now();
-    let mut notices = 1;
+    let mut notices = 0;
     // Without it `accept` cannot be given up; should the system refuse, the first poll shows it.
     let _ = listener.set_nonblocking(true);
     while joined.len() < settings.world_size {
@@ -106,7 +106,7 @@ fn collect(
             let millis = waited.as_millis() as u64;
             return Err(Verdict::Failed(Failure::Missing { operation: Operation::Rendezvous, peers: missing(), millis }));
         }
-        if waited >= settings.options.notice * notices {
+        if waited >= settings.options.notice_after(notices) {
             notices += 1;
             settings.options.tell(&Wait { operation: Operation::Rendezvous, missing: missing(), waited });
         }

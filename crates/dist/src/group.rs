@@ -47,7 +47,8 @@ pub struct Options {
     pub heartbeat: Duration,
     /// After how long without a sign of life a rank counts as lost. Default: 15 s.
     pub silence: Duration,
-    /// After how long, and then how often, a wait is reported to `on_wait`. Default: 10 s.
+    /// After how long a wait is reported to `on_wait`; each further report of it comes after twice the time of the one before, up to 64
+    /// times this. Default: 10 s.
     pub notice: Duration,
     /// Told about slow ranks.
     pub on_wait: Option<OnWait>,
@@ -70,6 +71,12 @@ impl Default for Options {
 impl Options {
     pub(crate) fn pulse(&self) -> Pulse {
         Pulse { heartbeat: self.heartbeat, silence: self.silence }
+    }
+
+    /// How long after a wait's start it is reported when it was `told` times.
+    pub(crate) fn notice_after(&self, told: u32) -> Duration {
+        let (doubled, same) = (told.min(6), told.saturating_sub(6));
+        self.notice.saturating_mul((2 << doubled) - 1 + 64 * same)
     }
 
     pub(crate) fn tell(&self, wait: &Wait) {

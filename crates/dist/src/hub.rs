@@ -192,7 +192,7 @@ impl Hub {
 
 impl Pending {
     fn next_notice(&self, options: &Options) -> Instant {
-        self.since + options.notice * (self.notices + 1)
+        self.since + options.notice_after(self.notices)
     }
 }
 

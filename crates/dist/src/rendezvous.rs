@@ -116,7 +116,7 @@ enum Knock {
 /// [`Error::Unreachable`], [`Error::Refused`] where rank 0 is of another build.
 pub(crate) fn find(world: &World, options: &Options, host: &str, own: Option<SocketAddr>) -> Result<TcpStream> {
     let start = Instant::now();
-    let mut notices = 1;
+    let mut notices = 0;
     let mut pause = Duration::from_millis(5);
     let mut last = String::new();
     loop {
@@ -152,7 +152,7 @@ pub(crate) fn find(world: &World, options: &Options, host: &str, own: Option<Soc
                 torchrun: world.port_span > 1 && world.launcher == crate::Launcher::Torchrun,
             });
         }
-        if waited >= options.notice * notices {
+        if waited >= options.notice_after(notices) {
             notices += 1;
             let missing = vec![Peer { rank: 0, host: world.master_addr.clone() }];
             options.tell(&Wait { operation: Operation::Rendezvous, missing, waited });

@@ -93,6 +93,32 @@ fn ranks_may_come_late_and_the_wait_names_them() {
 }
 
 #[test]
+fn a_long_wait_is_reported_at_growing_intervals() {
+    let notices = Arc::new(Mutex::new(Vec::new()));
+    let told = notices.clone();
+    let on_wait: dist::OnWait = Arc::new(move |wait| told.lock().unwrap().push((wait.to_string(), wait.waited)));
+    let options = Options { notice: millis(40), ..options() };
+    let entries = worlds(2).into_iter().map(|world| {
+        let on_wait = (world.rank == 0).then(|| on_wait.clone());
+        (world, Options { on_wait, ..options.clone() })
+    });
+    let groups = join_all(entries.collect()).into_iter().map(Result::unwrap).collect();
+    notices.lock().unwrap().clear();
+    each(groups, |group| {
+        if group.rank() == 1 {
+            std::thread::sleep(millis(800));
+        }
+        group.barrier("the previews of rank 1").unwrap();
+    });
+    let notices = notices.lock().unwrap();
+    assert!(notices.iter().all(|(text, _)| text.contains("in barrier \"the previews of rank 1\"")), "{notices:?}");
+    // After 40, 120, 280 and 600 ms; on a busy machine some are late.
+    assert!((2..=4).contains(&notices.len()), "{notices:?}");
+    let due = [40, 120, 280, 600];
+    assert!(notices.iter().zip(due).all(|((_, waited), due)| *waited >= millis(due)), "{notices:?}");
+}
+
+#[test]
 fn rank_0_may_come_last() {
     let mut entries: Vec<_> = worlds(2).into_iter().map(|world| (world, options())).collect();
     let (world, options) = entries.remove(0);

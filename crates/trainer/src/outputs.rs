@@ -21,6 +21,21 @@ use crate::preview::{self, Request};
 use crate::step::Objective;
 use crate::validation::Validation;
 
+/// What rank 0 writes after `step` steps while the other ranks wait, for messages; `None` if nothing is due.
+pub fn due_after(config: &RunConfig, step: u64, last: bool) -> Option<String> {
+    let due = |n: Option<u64>| n.is_some_and(|n| n > 0 && step.is_multiple_of(n));
+    let sample = &config.sample;
+    let wanted = sample.sample_at_first || sample.sample_every_n_steps.is_some();
+    let parts = [
+        ("a checkpoint", due(config.output.save_every_n_steps) || last),
+        ("previews", due(sample.sample_every_n_steps) || (last && wanted)),
+        // Whether there are held-out pictures is known to rank 0 alone.
+        ("the validation loss", due(config.validation.every_n_steps)),
+    ];
+    let due: Vec<&str> = parts.into_iter().filter_map(|(what, due)| due.then_some(what)).collect();
+    (!due.is_empty()).then(|| due.join(" and "))
+}
+
 /// The outputs of a run.
 pub struct Outputs {
     config: RunConfig,
@@ -241,7 +256,20 @@ fn date(seconds: i64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::date;
+    use super::{date, due_after};
+    use crate::config::RunConfig;
+
+    #[test]
+    fn waits_for_rank_0_are_named_by_what_it_writes() {
+        let mut config = RunConfig::default();
+        assert_eq!((due_after(&config, 4, false), due_after(&config, 4, true)), (None, Some("a checkpoint".into())));
+        config.sample.sample_every_n_steps = Some(2);
+        config.validation.every_n_steps = Some(3);
+        config.output.save_every_n_steps = Some(6);
+        let after = |step| due_after(&config, step, false);
+        assert_eq!((after(1), after(2), after(3)), (None, Some("previews".into()), Some("the validation loss".into())));
+        assert_eq!(after(6), Some("a checkpoint and previews and the validation loss".into()));
+    }
 
     #[test]
     fn dates_are_those_of_the_calendar() {

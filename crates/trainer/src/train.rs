@@ -16,6 +16,7 @@ use crate::ddp::Buckets;
 use crate::error::{Error, Result};
 use crate::event::{Event, Observer, Phases, StepReport};
 use crate::interrupt::Interrupt;
+use crate::outputs;
 use crate::precision::{self, Verdict};
 use crate::ranks::Ranks;
 use crate::rehearsal;
@@ -132,6 +133,9 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
             outputs.complete(&network, state.step, state.step == timeline.total_steps, &model, observe)?;
         }
     }
+    if state.step == 0 && config.sample.sample_at_first {
+        ranks.wait("rank 0 writes previews")?;
+    }
     let stateless = (state.step == 0).then_some(&optimizer);
     if let Some(tried) = rehearsal::largest_batch(&config, ranks.count(), &data, &model, &objective, &trained, stateless)? {
         observe(Event::Note(tried));
@@ -176,8 +180,8 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
             outputs.after_step(state.step, last, &model, observe)?;
             writer.poll(observe)?;
         }
-        if save_due || due(config.sample.sample_every_n_steps) || due(config.validation.every_n_steps) {
-            ranks.wait("what rank 0 writes")?;
+        if let Some(what) = outputs::due_after(&config, state.step, last) {
+            ranks.wait(&format!("rank 0 writes {what}"))?;
         }
     }
     writer.finish(observe)?;
