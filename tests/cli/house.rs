@@ -140,6 +140,35 @@ fn fault(folder: &Path, words: &[String], complete: bool) -> Option<String> {
     (ran.status == Some(2)).then(|| ran.all())
 }
 
+/// Source files under `folder` of which only a build for GPUs has parts.
+fn files_for_gpus(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten() {
+        let path = entry.expect("an entry").path();
+        let has = |parts: &[&str]| parts.iter().any(|part| text(&path).contains(part));
+        match path.extension().and_then(|e| e.to_str()) {
+            None if path.is_dir() => found.extend(files_for_gpus(&path)),
+            Some("cu") => found.push(path),
+            Some("rs") if has(&["feature = \"cuda\"", "feature = \"cudnn\"", "feature = \"nccl\"", "cudarc::"]) => found.push(path),
+            _ => {}
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn every_file_with_lines_that_only_a_gpu_runs_is_on_the_page_about_gpus() {
+    let page = text(repository().join("docs/cuda.md"));
+    let crates = std::fs::read_dir(repository().join("crates")).expect("the crates").map(|e| e.expect("an entry").path());
+    let files: Vec<PathBuf> = crates.flat_map(|c| ["src", "kernels"].map(|folder| files_for_gpus(&c.join(folder)))).flatten().collect();
+    let names = files.iter().map(|f| f.strip_prefix(repository()).expect("inside").display().to_string());
+    // What a crate's `lib.rs` says of GPUs is which modules it has.
+    let missing: Vec<String> = names.filter(|n| !n.ends_with("/lib.rs") && !page.contains(&format!("`{n}`"))).collect();
+    assert!(missing.is_empty(), "docs/cuda.md does not say how these were checked: {missing:?}");
+    assert!(files.len() > 20, "the search finds only {files:?}");
+}
+
 #[test]
 fn the_commands_in_the_documents_are_understood() {
     let world = World::new("documents");

@@ -20,8 +20,8 @@ pub struct Report {
     pub failed: usize,
 }
 
-/// Compares the GPU of this process with the CPU: every operation in f32 and f16, forward and backward; the optimizer step, bit for
-/// bit; and, with a recipe, a whole step of its model, with the time and memory that the step takes.
+/// Compares the GPU of this process with the CPU: every operation in f32 and f16, forward and backward; batches on their way there; the
+/// optimizer step, bit for bit; and, with a recipe, a whole step of its model, with the time and memory that the step takes.
 ///
 /// # Errors
 /// If there is no GPU, or the recipe's model cannot be loaded.
@@ -36,6 +36,7 @@ fn check_on(device: &Device, config: Option<&RunConfig>) -> Result<Report> {
     report.line("");
     report.line("Operations: largest difference from the CPU in f32, relative to the largest value; output and gradients.");
     operations::compare(device, &mut report)?;
+    operations::compare_staging(device, &mut report)?;
     #[cfg(feature = "cuda")]
     operations::compare_optimizer(device, &mut report)?;
     if let Some(config) = config {

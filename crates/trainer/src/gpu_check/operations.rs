@@ -217,6 +217,26 @@ pub(super) fn compare(device: &Device, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// Batches that are sent while the device is busy, more than it can have taken by then: they come as they were, though the memory that they
+/// go through is taken again and again.
+pub(super) fn compare_staging(device: &Device, report: &mut Report) -> Result<()> {
+    const NUMBERS: usize = 1 << 18;
+    let staging = ops::Staging::default();
+    let side = normal(1, &[1024, 1024], device)?;
+    let busy = (0..20).map(|_| side.matmul(&side)).collect::<candle_core::Result<Vec<_>>>()?;
+    let mut sent = Vec::new();
+    for i in 0..100 {
+        sent.push(staging.to_device(&Tensor::full(i as f32, NUMBERS, &Device::Cpu)?, device)?);
+    }
+    drop(busy);
+    let mut wrong = 0;
+    for (i, t) in sent.iter().enumerate() {
+        wrong += host(t)?.to_vec1::<f32>()?.iter().filter(|&&v| v != i as f32).count();
+    }
+    report.compare("numbers changed in batches sent unwaited for", wrong as f64, 0.0);
+    Ok(())
+}
+
 /// Three optimizer steps of tensors of every kind (small, short last block, many pieces), and the gradient's norm: equal to the last bit.
 #[cfg(feature = "cuda")]
 pub(super) fn compare_optimizer(device: &Device, report: &mut Report) -> Result<()> {
