@@ -1,12 +1,13 @@
 #!/bin/sh
-# build-kernels.sh OUT FILE.cu...: builds kernels for the host into OUT/libdrykernels.so. A file with barriers or shuffles of its
+# build-kernels.sh OUT FILE.cu...: builds kernels for the host into OUT/libdrykernels.so and OUT/libdrykernels-2.so. A file with barriers or shuffles of its
 # own runs its blocks as fibers.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
 shift
 mkdir -p "$out/kernels"
-flags="-std=c++20 -O2 -march=x86-64-v3 -fPIC -w -fno-strict-aliasing -ffp-contract=off -I$here/include -I$here"
+# Without -fno-gnu-unique both copies of the library would have the same static variables.
+flags="-std=c++20 -O2 -march=x86-64-v3 -fPIC -fno-gnu-unique -w -fno-strict-aliasing -ffp-contract=off -I$here/include -I$here"
 objects=
 for file in "$@"; do
     name=$(basename "$file" .cu)
@@ -27,3 +28,5 @@ done
 g++ $flags -c "$here/fiber.cpp" -o "$out/kernels/fiber.o"
 # The files share helper functions that no header marks inline.
 g++ -shared -Wl,-z,muldefs -o "$out/libdrykernels.so" $objects "$out/kernels/fiber.o"
+# A second one with variables of its own, so that two threads of a program launch at once.
+cp "$out/libdrykernels.so" "$out/libdrykernels-2.so"

@@ -20,7 +20,8 @@ struct Dim {
 using Run = void (*)(Dim grid, Dim block, void **arguments);
 struct Function {
     std::string name;
-    Run run = nullptr;
+    // In each copy of the kernels' library.
+    std::vector<Run> runs;
 };
 
 // The kernels of a module's PTX, by name.
@@ -54,7 +55,7 @@ struct State {
     size_t memory = size_t(24) << 30;
     int devices = 1;
     bool computes = true, late = false;
-    void *kernels = nullptr;
+    std::vector<void *> kernels;
 
     State();
     ~State();
