@@ -131,8 +131,9 @@ fn commands(text: &str) -> Vec<(Vec<String>, bool)> {
 /// What is wrong with a command, run where none of its files exists: only the meaning of the words is looked at.
 fn fault(folder: &Path, words: &[String], complete: bool) -> Option<String> {
     let mut words: Vec<&str> = words.iter().map(String::as_str).collect();
-    // In a sentence a command may be named without its arguments: then only those that stand there are looked at.
-    if !complete {
+    // In a sentence a command may be named without its arguments: then only those that stand there are looked at. So are those of the one that
+    // would write gigabytes.
+    if !complete || words.first() == Some(&"init-base") {
         words.retain(|w| *w != "..." && *w != "…");
         words.push("--help");
     }
