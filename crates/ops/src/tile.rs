@@ -1,7 +1,6 @@
 //! Micro-kernels: a tile of a matrix product whose sums stay in registers. One for AVX-512, one for AVX2 (`avx2.rs`), one that the
-//! compiler vectorises for any other CPU (`portable.rs`), and of bf16 products with sums in f32 one for AVX-512 BF16 and one for AMX (`amx.rs`). All add along k
-//! in ascending order, so
-//! an element's value does not depend on the tile it falls into.
+//! compiler vectorises for any other CPU (`portable.rs`); and for products of bf16 with sums in f32 one for AVX-512 BF16 and one for AMX
+//! (`amx.rs`). All add along k in ascending order, so an element's value does not depend on the tile it falls into.
 //!
 //! Operands come packed by `pack.rs`: strips of `rows` (or `lanes`) neighbours, k by k.
 
