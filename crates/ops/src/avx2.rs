@@ -51,17 +51,26 @@ unsafe fn run<const M: usize, const V: usize, const PACKED: bool>(
                 for (v, x) in bs.iter_mut().enumerate() {
                     *x = _mm256_loadu_ps(b.add(8 * v));
                 }
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm256_broadcast_ss(&*a.add(if PACKED { i } else { i * apart }));
-                    for (s, b) in sums.iter_mut().zip(&bs) {
-                        *s = _mm256_fmadd_ps(x, *b, *s);
-                    }
+                // Rows by number, so that the compiler sees at once that no sum needs a place in memory.
+                macro_rules! rows {
+                    ($($i:literal)*) => {$(
+                        if $i < M {
+                            let x = _mm256_broadcast_ss(&*a.add(if PACKED { $i } else { $i * apart }));
+                            sums[$i % M][0] = _mm256_fmadd_ps(x, bs[0], sums[$i % M][0]);
+                            if V > 1 {
+                                sums[$i % M][V - 1] = _mm256_fmadd_ps(x, bs[V - 1], sums[$i % M][V - 1]);
+                            }
+                        }
+                    )*};
                 }
+                rows!(0 1 2 3 4 5);
                 a = a.add(if PACKED { apart } else { 1 });
                 b = b.add(8 * V);
             }
         }
-        if t.turned { store_turned::<M, V>(t, &sums, c) } else { store::<M, V>(t, &sums, c) }
+        // A copy, so that the sums themselves never need one: the compiler would write them there in every step.
+        let done = sums;
+        if t.turned { store_turned::<M, V>(t, &done, c) } else { store::<M, V>(t, &done, c) }
     }
 }
 

@@ -10,6 +10,7 @@ mod avx512;
 mod plain;
 
 use crate::ahead::Ahead;
+use crate::math::simd;
 use crate::pack::{SLACK, Strip, column_strips, row_strips};
 use crate::tile::{Kernel, Left, Start, Tile, tile};
 use crate::view::{SharedMut, grain, reuse};
@@ -190,9 +191,14 @@ impl Winograd {
                         avx512::picture([from(0), from(1), from(2), from(3)], block.width, to, region);
                         continue;
                     }
-                    for i in 0..quads.len() {
-                        plain::picture(from(i), block.width, to.add(QUAD * i), region);
-                    }
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for i in 0..quads.len() {
+                                plain::picture(from(i), block.width, to.add(QUAD * i), region);
+                            }
+                        },
+                    );
                 }
             }
         });
@@ -255,9 +261,14 @@ impl Winograd {
                         avx512::outputs(m, m_region, bias, quads, self.w, plane);
                         continue;
                     }
-                    for (q, quad) in quads.iter().enumerate() {
-                        plain::outputs(m.add(QUAD * q), m_region, bias, quad, self.w, plane);
-                    }
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for (q, quad) in quads.iter().enumerate() {
+                                plain::outputs(m.add(QUAD * q), m_region, bias, quad, self.w, plane);
+                            }
+                        },
+                    );
                 }
             }
         }
@@ -285,7 +296,10 @@ fn transform_kernels(kernel: Kernel, raw: &[f32], flipped: bool, kc: usize, u: &
                 avx512::kernel(from, step, to, region);
                 continue;
             }
-            plain::kernel(from, step, to, region);
+            simd(
+                #[inline(always)]
+                || plain::kernel(from, step, to, region),
+            );
         }
     }
 }

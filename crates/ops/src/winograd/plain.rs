@@ -12,6 +12,7 @@ type Eight = [f32; 8];
 ///
 /// # Safety
 /// Four lines of ten numbers, and four places in each region.
+#[inline(always)]
 pub(super) unsafe fn picture(from: *const f32, width: usize, to: *mut f32, region: usize) {
     let mut t = [[[0f32; QUAD]; 4]; 4];
     for (y, t) in t.iter_mut().enumerate() {
@@ -40,6 +41,7 @@ pub(super) unsafe fn picture(from: *const f32, width: usize, to: *mut f32, regio
 ///
 /// # Safety
 /// Eight numbers at each of them.
+#[inline(always)]
 pub(super) unsafe fn kernel(from: *const f32, step: isize, to: *mut f32, region: usize) {
     // SAFETY: the caller's places.
     let tap = |t: isize| unsafe { from.offset(t * step).cast::<Eight>().read_unaligned() };
@@ -64,6 +66,7 @@ pub(super) unsafe fn kernel(from: *const f32, step: isize, to: *mut f32, region:
 ///
 /// # Safety
 /// Four numbers at each place of `m`; the quad's outputs lie in `plane`, and are exclusive.
+#[inline(always)]
 pub(super) unsafe fn outputs(m: *const f32, region: usize, bias: f32, quad: &Quad, width: usize, plane: *mut f32) {
     let mut s = [[[0f32; QUAD]; 4]; 2];
     for x in 0..4 {
