@@ -292,10 +292,11 @@ pub(crate) fn gemm_from(m: usize, n: usize, k: usize, a: Operand, b: Operand, bi
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn numbers(len: usize, seed: u32) -> Vec<f32> {
+    /// Numbers between -1 and 1.
+    pub(crate) fn numbers(len: usize, seed: u32) -> Vec<f32> {
         let mut state = seed;
         let mut next = move || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

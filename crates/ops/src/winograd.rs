@@ -307,15 +307,7 @@ fn transform_kernels(kernel: Kernel, raw: &[f32], flipped: bool, kc: usize, u: &
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn numbers(len: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = move || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..len).map(|_| next()).collect()
-    }
+    use crate::gemm::tests::numbers;
 
     /// The definition, in f64.
     fn plain(s: &Winograd, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f64> {
