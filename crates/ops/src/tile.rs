@@ -175,6 +175,7 @@ pub(crate) struct Tile {
 pub(crate) unsafe fn tile(kernel: Kernel, t: Tile, a: *const f32, b: *const f32, c: *mut f32, ahead: &mut Ahead) {
     debug_assert!(t.rows <= kernel.rows() && t.lanes <= kernel.lanes() && t.columns <= t.lanes);
     debug_assert!(matches!(t.left, Left::Packed(_)) || kernel.in_place());
+    let _ = &ahead;
     // SAFETY: the caller's promises.
     unsafe {
         match kernel {
