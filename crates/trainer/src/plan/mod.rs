@@ -35,6 +35,8 @@ use crate::timeline::Timeline;
 /// What the program takes beside tensors: code, tokenizer, threads, pictures in flight. Measured as what a run of the tiny model takes
 /// above its tensors.
 const OVERHEAD: u64 = 75 << 20;
+/// Convolutions of so many channels and more are computed in transformed pictures (`ops/src/winograd.rs`).
+const TRANSFORMED: usize = 128;
 /// The allocator gives freed memory back after a while (a tenth of a second), so that the last freed buffers still count: so many of the
 /// largest.
 const FREED: u64 = 2;
@@ -177,6 +179,20 @@ fn layers(tree: &ModuleTree) -> HashMap<String, Layer> {
         Some(Layer { out: d(0), inp: d(1), area: d(2) * d(3), stored: weight.dtype(), adapted: None })
     };
     tree.nodes.iter().filter_map(|n| Some((n.path.clone(), of(&n.leaf)?))).collect()
+}
+
+/// What the CPU's kernels keep from call to call: a transformed picture, and blocks of products for each thread.
+fn kernel_buffers(unet: &ModuleTree, threads: Option<usize>) -> u64 {
+    let channels = |leaf: &Leaf| match leaf {
+        Leaf::Conv2d(l) if l.weight.dims().last() == Some(&3) => l.weight.dims()[..2].iter().copied().max(),
+        _ => None,
+    };
+    let widest = unet.nodes.iter().filter_map(|node| channels(&node.leaf)).max().unwrap_or(0);
+    if widest < TRANSFORMED {
+        return 0;
+    }
+    let threads = threads.unwrap_or_else(rayon::current_num_threads);
+    ((widest as u64) << 14).min(16 << 20) + threads as u64 * (4 << 20)
 }
 
 /// Bytes of a network's frozen tensors.
@@ -328,7 +344,7 @@ impl Run<'_> {
         let masters = 4 * sizes.iter().sum::<usize>() as u64;
         let optimizer = Optimizer::new(t.optimizer, self.config.hyper(), &sizes).state_bytes() as u64;
         let largest = 4 * sizes.iter().max().copied().unwrap_or(0) as u64;
-        let program = if self.device.is_cpu() { OVERHEAD } else { 0 };
+        let program = if self.device.is_cpu() { OVERHEAD + kernel_buffers(&sdxl.unet.tree, t.threads) } else { 0 };
         let base = Memory { weights, masters, program, ..Memory::default() };
         // The state is made by the first update; a run of one step has none before it.
         let state = if timeline.is_some_and(|t| t.total_steps == 1) { 0 } else { optimizer };
