@@ -2,7 +2,7 @@
 //! log-sum-exp (Dao et al. 2022, FlashAttention, equations of section 3.1).
 
 use crate::gemm::{Begin, Dst, Product, Threads, kernel};
-use crate::math::{exp, simd};
+use crate::math::{exp_to_87, simd};
 use crate::pack::Operand;
 use crate::tape::{Value, custom};
 use crate::tile::Kernel;
@@ -123,12 +123,12 @@ fn exp_row(row: &mut [f32]) -> (f32, f32) {
     let (chunks, rest) = row.as_chunks_mut::<16>();
     for v in chunks {
         for i in 0..16 {
-            v[i] = exp(v[i] - max);
+            v[i] = exp_to_87(v[i] - max);
             lanes[i] += v[i];
         }
     }
     for (i, v) in rest.iter_mut().enumerate() {
-        *v = exp(*v - max);
+        *v = exp_to_87(*v - max);
         lanes[i] += *v;
     }
     (lanes.iter().sum(), max)
@@ -217,7 +217,7 @@ fn backward(q: &[f32], k: &[f32], v: &[f32], out: &[f32], dy: &[f32], lse: &[f32
                             let l = lse[bh * s.tq + from + i];
                             let (p, ds) = (&mut p[at..at + keys], &mut ds[at..at + keys]);
                             for (p, ds) in p[..seen].iter_mut().zip(&mut ds[..seen]) {
-                                *p = exp(*p - l);
+                                *p = exp_to_87(*p - l);
                                 *ds = *p * (*ds - delta);
                             }
                             p[seen..].fill(0.0);

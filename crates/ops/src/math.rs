@@ -9,6 +9,23 @@ pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
 /// e^x; relative error under 2e-7, 0 or infinity never reached (clamped to [-87.3, 88.7]).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
+    let (p, n) = exp_parts(if x > 88.7 { 88.7 } else { x });
+    // 2^n in two factors, so that n = 128 does not overflow.
+    let half = n >> 1;
+    let rest = n - half;
+    p * f32::from_bits(((half + 127) << 23) as u32) * f32::from_bits(((rest + 127) << 23) as u32)
+}
+
+/// [`exp`] of numbers up to 87, the same to the last bit: for scores less their row's largest.
+#[inline(always)]
+pub(crate) fn exp_to_87(x: f32) -> f32 {
+    let (p, n) = exp_parts(x);
+    p * f32::from_bits(((n + 127) << 23) as u32)
+}
+
+/// p and n so that e^x = 2^n p, for x up to 88.7; what lies below -87.3 counts as that.
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, i32) {
     // Cody and Waite's reduction: x = n ln 2 + r, |r| <= ln 2 / 2; ln 2 in two parts.
     const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
@@ -16,7 +33,6 @@ pub(crate) fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0;
     // Comparisons rather than `clamp`: one instruction each, and NaN stays NaN.
     let x = if x < -87.3 { -87.3 } else { x };
-    let x = if x > 88.7 { 88.7 } else { x };
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
     let r = x - n * LN2_HI - n * LN2_LO;
@@ -26,11 +42,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = 1.0 / 6.0 + r * p;
     let p = 0.5 + r * p;
     let p = 1.0 + r * (1.0 + r * p);
-    // The sum's last bits are n. 2^n in two factors, so that n = 128 does not overflow.
-    let n = shifted.to_bits() as i32 - ROUND.to_bits() as i32;
-    let half = n >> 1;
-    let rest = n - half;
-    p * f32::from_bits(((half + 127) << 23) as u32) * f32::from_bits(((rest + 127) << 23) as u32)
+    // The sum's last bits are n.
+    (p, shifted.to_bits() as i32 - ROUND.to_bits() as i32)
 }
 
 /// 1 / (1 + e^-x).
@@ -74,6 +87,11 @@ mod tests {
         }
         assert!(worst < 2e-7, "{worst}");
         assert!(exp(-1000.0) < 2e-38 && exp(1000.0) > 1e38);
+        for i in -100_000..=87_000 {
+            let x = i as f32 / 1000.0;
+            assert_eq!(exp(x).to_bits(), exp_to_87(x).to_bits(), "{x}");
+        }
+        assert!(exp(f32::NAN).is_nan() && exp_to_87(f32::NAN).is_nan());
     }
 
     #[test]
