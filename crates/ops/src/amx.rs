@@ -276,6 +276,14 @@ pub(crate) unsafe fn tile(t: Tile, a: *const f32, b: *const f32, c: *mut f32) {
                 blocks = inout(reg) blocks => _,
                 line = in(reg) 64usize,
                 to = in(reg) to,
+                out("tmm0") _,
+                out("tmm1") _,
+                out("tmm2") _,
+                out("tmm3") _,
+                out("tmm4") _,
+                out("tmm5") _,
+                out("tmm6") _,
+                out("tmm7") _,
                 options(nostack),
             );
         }

@@ -63,6 +63,7 @@ pub use staging::Staging;
 pub use tape::{OnGradient, Parameter, Value, backward, backward_with, custom, no_grad, recording};
 pub use tile::has_bf16;
 pub use view::F32;
+pub use winograd::conv2d_buffers;
 
 /// Runs `f`: without cuDNN no convolution is rounded to TF32.
 #[cfg(not(feature = "cudnn"))]

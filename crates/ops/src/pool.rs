@@ -5,10 +5,12 @@ use candle_core::Tensor;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Runs both, on the CPU at the same time: what is too small for all threads need not wait for what keeps them busy. `like` tells where.
+/// Runs both, on the CPU at the same time: what is too small for all threads need not wait for what keeps them busy. `like` tells where; on
+/// other devices `b` runs first, so that what it needs is given back before `a` makes the larger tensors.
 pub fn together<A: Send, B: Send>(like: &Tensor, a: impl FnOnce() -> A + Send, b: impl FnOnce() -> B + Send) -> (A, B) {
     if !like.device().is_cpu() {
-        return (a(), b());
+        let b = b();
+        return (a(), b);
     }
     let on = bf16();
     rayon::join(|| with_bf16(on, a), || with_bf16(on, b))

@@ -94,14 +94,19 @@ impl<'a> Held<'a> {
 const AHEAD: usize = 8;
 
 impl Lines<'_> {
+    /// Where the elements begin, and the bytes of one.
+    fn place(&self) -> (*const i8, usize) {
+        match &self.stored {
+            Stored::F32(v) => (v.as_ptr().cast(), 4),
+            Stored::F16(v) => (v.as_ptr().cast(), 2),
+            Stored::Bf16(v) => (v.as_ptr().cast(), 2),
+        }
+    }
+
     fn prefetch(&self, at: usize, len: usize) {
         #[cfg(target_arch = "x86_64")]
         {
-            let (start, size) = match &self.stored {
-                Stored::F32(v) => (v.as_ptr().cast::<i8>(), 4),
-                Stored::F16(v) => (v.as_ptr().cast::<i8>(), 2),
-                Stored::Bf16(v) => (v.as_ptr().cast::<i8>(), 2),
-            };
+            let (start, size) = self.place();
             for line in (0..len * size).step_by(64) {
                 // SAFETY: a prefetch may name any address.
                 unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(start.wrapping_add(at * size + line)) };
@@ -113,12 +118,8 @@ impl Lines<'_> {
 
     /// Elements `from..from + len` of rows `first..first + rows`, to be asked for.
     pub(crate) fn ahead(&self, (first, rows): (usize, usize), (from, len): (usize, usize)) -> Ahead {
-        let at = first * self.row + from;
-        match &self.stored {
-            Stored::F32(v) => Ahead::rows(v.as_ptr().wrapping_add(at), rows, len, self.row),
-            Stored::F16(v) => Ahead::rows(v.as_ptr().wrapping_add(at), rows, len, self.row),
-            Stored::Bf16(v) => Ahead::rows(v.as_ptr().wrapping_add(at), rows, len, self.row),
-        }
+        let (start, size) = self.place();
+        Ahead::rows(start.wrapping_add((first * self.row + from) * size), rows, len * size, self.row * size)
     }
 
     /// The elements themselves, where nothing is done to them on the way.

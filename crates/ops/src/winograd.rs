@@ -31,7 +31,8 @@ const GROUPS: usize = 3;
 const TILES: usize = 256;
 const MOST: usize = 1 << 22;
 
-/// Costs in multiply-adds, measured beside the direct form: of a kernel's transform, and of a tile's on each side.
+/// Costs in multiply-adds, of a kernel's transform, and of a tile's on each side: so that 640 channels at 8x8, 320 at 16x16 and at 64x64 take
+/// the form that was faster when both were timed, with AVX-512 and with AVX2 (`cargo run --release -p benches --bin ops -- --only conv3x3`).
 const KERNEL_COST: usize = 200;
 const TILE_COST: usize = 200;
 
@@ -274,6 +275,18 @@ impl Winograd {
         }
         BLOCK.set((buffer, scratch));
     }
+}
+
+/// Bytes that convolutions of up to so many channels keep from call to call: a transformed picture, and blocks of products for each thread.
+pub fn conv2d_buffers(channels: usize, threads: usize) -> usize {
+    let kernel = Kernel::f32();
+    let large = Winograd { kernel, n: 1, c: channels, o: channels, h: 64, w: 64, flipped: false };
+    if !large.pays() {
+        return 0;
+    }
+    let tiles = large.rows_per_block() * large.tile_columns();
+    let block = PLACES * (channels.min(KC) * vector(kernel) * GROUPS + GROUPS * kernel.rows() * large.padded(tiles));
+    4 * (PLACES * large.v_region(tiles) + threads * block)
 }
 
 /// Numbers in a vector: so many tiles and so many outputs' kernels are transformed at a time.

@@ -35,9 +35,7 @@ use crate::timeline::Timeline;
 /// What the program takes beside tensors: code, tokenizer, threads, pictures in flight. Measured as what a run of the tiny model takes
 /// above its tensors.
 const OVERHEAD: u64 = 75 << 20;
-/// Convolutions of so many channels and more are computed in transformed pictures (`ops/src/winograd.rs`).
-const TRANSFORMED: usize = 128;
-/// The allocator gives freed memory back after a while (a tenth of a second), so that the last freed buffers still count: so many of the
+/// The allocator gives freed memory back after a while (a second), so that the last freed buffers still count: so many of the
 /// largest.
 const FREED: u64 = 2;
 
@@ -181,18 +179,14 @@ fn layers(tree: &ModuleTree) -> HashMap<String, Layer> {
     tree.nodes.iter().filter_map(|n| Some((n.path.clone(), of(&n.leaf)?))).collect()
 }
 
-/// What the CPU's kernels keep from call to call: a transformed picture, and blocks of products for each thread.
+/// What the CPU's convolutions keep from call to call.
 fn kernel_buffers(unet: &ModuleTree, threads: Option<usize>) -> u64 {
     let channels = |leaf: &Leaf| match leaf {
         Leaf::Conv2d(l) if l.weight.dims().last() == Some(&3) => l.weight.dims()[..2].iter().copied().max(),
         _ => None,
     };
     let widest = unet.nodes.iter().filter_map(|node| channels(&node.leaf)).max().unwrap_or(0);
-    if widest < TRANSFORMED {
-        return 0;
-    }
-    let threads = threads.unwrap_or_else(rayon::current_num_threads);
-    ((widest as u64) << 14).min(16 << 20) + threads as u64 * (4 << 20)
+    ops::conv2d_buffers(widest, threads.unwrap_or_else(rayon::current_num_threads)) as u64
 }
 
 /// Bytes of a network's frozen tensors.
