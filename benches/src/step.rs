@@ -1,7 +1,7 @@
 //! One training step of a UNet under LoKr: forward, backward, Lion8bit. Context and added condition are given, as on the
 //! PyTorch side, so text encoders and data take no part.
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Shape, Tensor};
 use lokr::functional::Path;
 use lokr::{LokrNetwork, NetworkConfig, Preset, Trees};
 use ops::Value;
@@ -117,11 +117,11 @@ impl Step {
     /// Frozen numbers.
     pub fn base_parameters(&self) -> usize {
         use sdxl::layers::Leaf;
-        let count = |weight: &Tensor, bias: Option<&Tensor>| weight.elem_count() + bias.map_or(0, |b| b.elem_count());
+        let count = |weight: &Shape, bias: Option<&Tensor>| weight.elem_count() + bias.map_or(0, |b| b.elem_count());
         let leaves = self.unet.tree.nodes.iter().map(|node| match &node.leaf {
             Leaf::Linear(layer) => count(&layer.weight, layer.bias.as_ref()),
             Leaf::Conv2d(layer) => count(&layer.weight, layer.bias.as_ref()),
-            Leaf::Norm(layer) => count(&layer.weight, Some(&layer.bias)),
+            Leaf::Norm(layer) => count(layer.weight.shape(), Some(&layer.bias)),
             Leaf::Other => 0,
         });
         leaves.sum()

@@ -27,6 +27,7 @@ mod init_base;
 mod interrupted;
 mod kills;
 mod latents;
+mod mapped_base;
 mod plan;
 mod power_loss;
 mod precision;

@@ -10,8 +10,8 @@
 
 use crate::kernel::{Layer, kron, merge};
 use candle_core::{DType, Result, Tensor};
-use ops::Value;
 use ops::kernel::{Delta, Frozen, fuses, mix, mix_grad, mix_onto, mixes_bias, sum, together};
+use ops::{Value, Weight};
 
 /// How the forward pass and the input gradient are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +71,7 @@ pub fn merged_weight(weight: &Tensor, w1: &Tensor, w2: &Tensor, scale: f64) -> R
 /// If the shapes do not fit.
 pub fn lokr_linear(
     x: &Value,
-    weight: &Tensor,
+    weight: impl Into<Weight>,
     bias: Option<&Tensor>,
     w1: &Value,
     w2: &Value,
@@ -88,7 +88,7 @@ pub fn lokr_linear(
 #[allow(clippy::too_many_arguments)]
 pub fn lokr_conv2d(
     x: &Value,
-    weight: &Tensor,
+    weight: impl Into<Weight>,
     bias: Option<&Tensor>,
     w1: &Value,
     w2: &Value,
@@ -103,14 +103,14 @@ pub fn lokr_conv2d(
 pub(crate) fn adapted(
     layer: Layer,
     x: &Value,
-    weight: &Tensor,
+    weight: impl Into<Weight>,
     bias: Option<&Tensor>,
     w1: &Value,
     w2: &Value,
     scale: f64,
     path: Option<Path>,
 ) -> Result<Value> {
-    let mut op = Op::new(layer, x.tensor(), weight, w1.tensor(), w2.tensor(), scale, path)?;
+    let mut op = Op::new(layer, x.tensor(), weight.into(), w1.tensor(), w2.tensor(), scale, path)?;
     let out = op.forward(x.tensor(), bias)?;
     op.need = [x.requires_grad(), w1.requires_grad(), w2.requires_grad()];
     let x_saved = x.tensor().clone();
@@ -122,7 +122,7 @@ struct Op {
     layer: Layer,
     path: Path,
     scale: f64,
-    weight: Tensor,
+    weight: Weight,
     w1: Tensor,
     w2: Tensor,
     /// a, b
@@ -132,7 +132,7 @@ struct Op {
 }
 
 impl Op {
-    fn new(layer: Layer, x: &Tensor, weight: &Tensor, w1: &Tensor, w2: &Tensor, scale: f64, path: Option<Path>) -> Result<Self> {
+    fn new(layer: Layer, x: &Tensor, weight: Weight, w1: &Tensor, w2: &Tensor, scale: f64, path: Option<Path>) -> Result<Self> {
         let (a, b) = w1.dims2()?;
         let (c, d, area) = match w2.dims() {
             [c, d, kernel @ ..] => (*c, *d, kernel.iter().product::<usize>()),
@@ -144,17 +144,17 @@ impl Op {
         }
         let rows = layer.rows(x.dims());
         let path = path.unwrap_or_else(|| Path::choose(rows, [a, b, c, d], area, x.dtype(), weight.dtype()));
-        let (weight, w1, w2) = (weight.clone(), w1.clone(), w2.clone());
+        let (w1, w2) = (w1.clone(), w2.clone());
         Ok(Self { layer, path, scale, weight, w1, w2, sides: [a, b], need: [false; 3] })
     }
 
     /// Runs `f` on W + delta, for inputs like `x`.
     fn with_merged<T>(&self, x: &Tensor, f: impl FnOnce(Frozen) -> Result<T>) -> Result<T> {
         if fuses(x) {
-            let (w1, w2) = (self.scaled(&self.w1, DType::F32)?, self.w2.to_dtype(DType::F32)?.contiguous()?);
-            return f(Frozen { weight: &self.weight, delta: Some(Delta { w1: &w1, w2: &w2 }) });
+            let (w1, w2) = (Self::scaled(&self.w1, self.scale, DType::F32)?, self.w2.to_dtype(DType::F32)?.contiguous()?);
+            return f(Frozen { weight: self.weight.clone(), delta: Some(Delta { w1: &w1, w2: &w2 }) });
         }
-        let merged = merge(&self.weight, &self.w1, &self.w2, self.scale)?.to_dtype(x.dtype())?;
+        let merged = merge(&self.weight.tensor()?, &self.w1, &self.w2, self.scale)?.to_dtype(x.dtype())?;
         f(Frozen::from(&merged))
     }
 
@@ -163,15 +163,11 @@ impl Op {
         Ok((self.w1.to_dtype(DType::F32)?, self.w2.to_dtype(compute)?.contiguous()?))
     }
 
-    /// `scale` times a factor in the type of the computation, rounded after the product. In every chain the scale enters with the last
-    /// factor, and in gradients of factors after the last product, in f32: what stands between never is larger than without it, so
-    /// that in f16 it overflows only where the result does.
-    fn scaled(&self, factor: &Tensor, compute: DType) -> Result<Tensor> {
-        self.times(factor.to_dtype(DType::F32)?)?.to_dtype(compute)?.contiguous()
-    }
-
-    fn times(&self, t: Tensor) -> Result<Tensor> {
-        if self.scale == 1.0 { Ok(t) } else { t * self.scale }
+    /// A factor times a scale in the type of the computation, rounded after the product. A scale above 1 enters every chain with the last
+    /// factor, and gradients of factors after the last product, in f32; what is summed over the rows of a batch, the gradient of w2,
+    /// has a scale below 1 in its summands. So in f16 nothing overflows for the scale's sake.
+    fn scaled(factor: &Tensor, scale: f64, compute: DType) -> Result<Tensor> {
+        times(factor.to_dtype(DType::F32)?, scale)?.to_dtype(compute)?.contiguous()
     }
 
     fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -188,7 +184,7 @@ impl Op {
                 return layer.forward(&layer.split(x, b)?, &w2, None);
             }
             let s = mix(&w1, 1.0, &layer.grouped(x, n, b)?)?;
-            layer.forward(&self.as_samples(&s, a, x)?, &self.scaled(&self.w2, x.dtype())?, None)
+            layer.forward(&self.as_samples(&s, a, x)?, &Self::scaled(&self.w2, self.scale, x.dtype())?, None)
         };
         let (base, chain) = together(x, base, chain);
         let (base, chain) = (base?, chain?);
@@ -221,44 +217,43 @@ impl Op {
             (Some(base), Some(chain)) => Some(sum(&base.reshape(x.shape())?, &chain.reshape(x.shape())?)?),
             (base, _) => base.map(|base| base.reshape(x.shape())).transpose()?,
         };
-        let dw1 = dw1.map(|g| self.times(g)).transpose()?;
-        let dw2 = dw2.map(|g| self.times(g.to_dtype(DType::F32)?)).transpose()?;
         Ok(vec![dx, dw1, dw2])
     }
 
-    /// Without the scale the gradients of w1 and w2; and on the factored path what the chain adds to the input's gradient, whose first half is
-    /// shared with a factor's: dx, dw1, dw2.
+    /// The gradients of w1 and w2, and on the factored path what the chain adds to the input's gradient, whose first half is shared with a
+    /// factor's: dx, dw1, dw2.
     fn chain_backward(&self, x: &Tensor, dy: &Tensor) -> Result<[Option<Tensor>; 3]> {
         let (layer, [a, b], [need_x, need_w1, need_w2]) = (self.layer, self.sides, self.need);
         let n = layer.samples(x);
         let (w1, w2) = self.factors(x.dtype())?;
+        let (early, late) = (self.scale.abs().min(1.0), self.scale / self.scale.abs().min(1.0));
         let dy_groups = layer.grouped(dy, n, a)?;
         let chain_x = need_x && self.path == Path::Factored;
         let (mut dx, mut dw1, mut dw2) = (None, None, None);
         if b <= a {
             let xs = if need_w1 || need_w2 { Some(layer.split(x, b)?) } else { None };
-            let t = if need_w2 || chain_x { Some(self.as_samples(&mix(&w1.t()?, 1.0, &dy_groups)?, b, dy)?) } else { None };
+            let t = if need_w2 || chain_x { Some(self.as_samples(&mix(&w1.t()?, early, &dy_groups)?, b, dy)?) } else { None };
             if let (true, Some(xs)) = (need_w1, &xs) {
                 let u = layer.forward(xs, &w2, None)?;
-                dw1 = Some(mix_grad(&dy_groups, &layer.grouped(&u, n, b)?)?);
+                dw1 = Some(times(mix_grad(&dy_groups, &layer.grouped(&u, n, b)?)?, self.scale)?);
             }
             if let (true, Some(xs), Some(t)) = (need_w2, &xs, &t) {
-                dw2 = Some(layer.weight_grad(xs, t, w2.dims())?);
+                dw2 = Some(times(layer.weight_grad(xs, t, w2.dims())?.to_dtype(DType::F32)?, late)?);
             }
             if let (true, Some(t)) = (chain_x, &t) {
-                dx = Some(layer.input_grad(t, &self.scaled(&self.w2, x.dtype())?, x.dims())?);
+                dx = Some(layer.input_grad(t, &Self::scaled(&self.w2, late, x.dtype())?, x.dims())?);
             }
         } else {
             let dys = layer.split(dy, a)?;
             let x_groups = layer.grouped(x, n, b)?;
             if need_w2 {
-                let s = self.as_samples(&mix(&w1, 1.0, &x_groups)?, a, x)?;
-                dw2 = Some(layer.weight_grad(&s, &dys, w2.dims())?);
+                let s = self.as_samples(&mix(&w1, early, &x_groups)?, a, x)?;
+                dw2 = Some(times(layer.weight_grad(&s, &dys, w2.dims())?.to_dtype(DType::F32)?, late)?);
             }
             if need_w1 || chain_x {
                 let v = layer.grouped(&layer.input_grad(&dys, &w2, x.dims())?, n, a)?;
                 if need_w1 {
-                    dw1 = Some(mix_grad(&v, &x_groups)?);
+                    dw1 = Some(times(mix_grad(&v, &x_groups)?, self.scale)?);
                 }
                 if chain_x {
                     dx = Some(mix(&w1.t()?, self.scale, &v)?);
@@ -267,4 +262,8 @@ impl Op {
         }
         Ok([dx, dw1, dw2])
     }
+}
+
+fn times(t: Tensor, scale: f64) -> Result<Tensor> {
+    if scale == 1.0 { Ok(t) } else { t * scale }
 }

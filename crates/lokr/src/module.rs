@@ -6,7 +6,7 @@ use crate::init;
 use crate::kernel::Layer;
 use crate::shape::{Factor, Form, LokrShape};
 use candle_core::{DType, Device, Result, Tensor};
-use ops::{Parameter, Value};
+use ops::{Parameter, Value, Weight};
 use random::{Purpose, Stream};
 use sdxl::layers::{Adapter, Conv2d, Leaf, Linear, Norm};
 use std::sync::Arc;
@@ -162,7 +162,7 @@ impl LokrModule {
         layer.attach(self.clone());
     }
 
-    fn run(&self, layer: Layer, x: &Value, weight: &Tensor, bias: Option<&Tensor>) -> Result<Value> {
+    fn run(&self, layer: Layer, x: &Value, weight: &Weight, bias: Option<&Tensor>) -> Result<Value> {
         let scale = self.shape.scale * self.multiplier.get();
         if scale == 0.0 {
             return match layer {
@@ -187,11 +187,11 @@ impl LokrModule {
 }
 
 impl Adapter for LokrModule {
-    fn linear(&self, x: &Value, weight: &Tensor, bias: Option<&Tensor>) -> Result<Value> {
+    fn linear(&self, x: &Value, weight: &Weight, bias: Option<&Tensor>) -> Result<Value> {
         self.run(Layer::Linear, x, weight, bias)
     }
 
-    fn conv2d(&self, x: &Value, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Value> {
+    fn conv2d(&self, x: &Value, weight: &Weight, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Value> {
         self.run(Layer::Conv2d { stride, padding }, x, weight, bias)
     }
 
@@ -263,11 +263,11 @@ impl NormModule {
 }
 
 impl Adapter for NormModule {
-    fn linear(&self, _: &Value, _: &Tensor, _: Option<&Tensor>) -> Result<Value> {
+    fn linear(&self, _: &Value, _: &Weight, _: Option<&Tensor>) -> Result<Value> {
         candle_core::bail!("{}: a norm's module cannot stand in a linear layer", self.name)
     }
 
-    fn conv2d(&self, _: &Value, _: &Tensor, _: Option<&Tensor>, _: usize, _: usize) -> Result<Value> {
+    fn conv2d(&self, _: &Value, _: &Weight, _: Option<&Tensor>, _: usize, _: usize) -> Result<Value> {
         candle_core::bail!("{}: a norm's module cannot stand in a convolution", self.name)
     }
 

@@ -7,12 +7,13 @@ use crate::basic::add_over;
 #[cfg(feature = "cudnn")]
 use crate::cudnn;
 use crate::gemm::{Begin, Dst, Product, Threads, gemm, kernel};
-use crate::linear::{stored, widen};
+use crate::linear::widen;
+use crate::mapped::Weight;
 use crate::pack::{Operand, Side, Strip, lines as strided, pack};
 use crate::patches::Geometry;
 use crate::tape::{Value, custom};
 use crate::view::{F32, SharedMut, fast, grain, tensor};
-use crate::weight::{Frozen, Held};
+use crate::weight::{Delta, Frozen, Held, stored};
 use crate::winograd::Winograd;
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
@@ -46,14 +47,14 @@ pub fn conv2d_forward<'a>(
     let bias = bias.map(|b| widen(b, x.dtype())).transpose()?;
     let x = x.contiguous()?;
     if !fast(&x) {
-        let y = plain(&x, &widen(weight, x.dtype())?, padding, stride, 1)?;
+        let y = plain(&x, &weight.widened(x.dtype())?, padding, stride, 1)?;
         return match bias {
             Some(b) => add_over(&y, &b, g.pixels(), (1, o, 1, 1)),
             None => Ok(y),
         };
     }
     let weight = stored(weight)?;
-    let held = Held::new(&Frozen { weight: &weight, delta })?;
+    let held = Held::new(&weight, delta)?;
     let (xv, lines) = (F32::new(&x)?, held.lines()?);
     let (pixels, depth) = (g.pixels(), g.depth());
     let a = Operand::weight_rows(&lines, depth);
@@ -138,10 +139,9 @@ pub fn conv2d_input_grad<'a>(
         if (g.oh, g.ow) != (oh, ow) {
             candle_core::bail!("conv2d backward: gradient {:?} for an input of {size:?}", dy.dims());
         }
-        let weight = stored(weight)?;
-        return input_grad(&dy.contiguous()?, &Frozen { weight: &weight, delta }, o, g);
+        return input_grad(&dy.contiguous()?, &stored(weight)?, delta, o, g);
     }
-    let weight = widen(weight, dy.dtype())?;
+    let weight = weight.widened(dy.dtype())?;
     #[cfg(feature = "cudnn")]
     if cudnn::serves(dy) {
         return cudnn::input_grad(dy, &weight, size, stride, padding);
@@ -170,8 +170,8 @@ pub fn conv2d_input_grad<'a>(
     conv2d_forward(&wide, &flipped, None, 1, kh - 1 - padding)
 }
 
-fn input_grad(dy: &Tensor, frozen: &Frozen, o: usize, g: Geometry) -> Result<Tensor> {
-    let held = Held::new(frozen)?;
+fn input_grad(dy: &Tensor, weight: &Weight, delta: Option<Delta>, o: usize, g: Geometry) -> Result<Tensor> {
+    let held = Held::new(weight, delta)?;
     let (dyv, lines) = (F32::new(dy)?, held.lines()?);
     let (pixels, plane, taps, depth) = (g.pixels(), g.h * g.w, g.kh * g.kw, g.depth());
     let kernel = kernel();
@@ -309,9 +309,9 @@ pub fn conv2d_weight_grad(x: &Tensor, dy: &Tensor, kernel: (usize, usize), strid
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn conv2d(x: &Value, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Value> {
-    let out = conv2d_forward(x.tensor(), weight, bias, stride, padding)?;
+pub fn conv2d(x: &Value, weight: impl Into<Weight>, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Value> {
+    let weight = weight.into();
+    let out = conv2d_forward(x.tensor(), &weight, bias, stride, padding)?;
     let (_, _, h, w) = x.tensor().dims4()?;
-    let weight = weight.clone();
     Ok(custom("conv2d", &[x], out, move |dy| Ok(vec![Some(conv2d_input_grad(dy, &weight, (h, w), stride, padding)?)])))
 }

@@ -1,7 +1,7 @@
 //! Differentiable tensor operations on candle tensors, with a tape of our own.
 //!
-//! A [`Value`] is a candle tensor and, where something trainable stands behind it, its place on the tape. Frozen
-//! weights are plain tensors: no gradient of one can be asked for, so none is ever computed or allocated. A trainable
+//! A [`Value`] is a candle tensor and, where something trainable stands behind it, its place on the tape. A frozen
+//! [`Weight`] is a plain tensor, or lies in a mapped file: no gradient of one can be asked for, so none is ever computed or allocated. A trainable
 //! tensor is a [`Parameter`]; [`backward`] adds into its gradient as soon as that is complete and drops what the
 //! forward pass kept as it goes. [`checkpoint`] keeps only a segment's inputs and runs it again in the backward pass.
 //! Every op has a fast form for f32 on the CPU and a form composed of candle's ops for every other type and device;
@@ -30,6 +30,7 @@ mod cudnn;
 mod e4m3;
 mod gemm;
 mod linear;
+mod mapped;
 mod math;
 mod mix;
 mod norm;
@@ -57,6 +58,7 @@ pub use cudnn::with_tf32;
 pub use e4m3::{E4M3_MAX, e4m3_codes, e4m3_decode, e4m3_encode};
 pub use gemm::with_bf16;
 pub use linear::{linear, widen};
+pub use mapped::{Mapped, Weight};
 pub use norm::{group_norm, layer_norm};
 pub use pool::awake;
 pub use staging::Staging;

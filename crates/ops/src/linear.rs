@@ -2,10 +2,11 @@
 
 use crate::basic::add_over;
 use crate::gemm::{gemm, gemm_from};
+use crate::mapped::Weight;
 use crate::pack::Operand;
 use crate::tape::{Value, custom};
 use crate::view::{F32, fast, tensor};
-use crate::weight::{Frozen, Held, readable};
+use crate::weight::{Frozen, Held, stored};
 use candle_core::{DType, Result, Tensor};
 
 /// A frozen weight in the type that the computation uses: the tensor itself where that is its type already. A weight of type u8 holds the
@@ -19,11 +20,6 @@ pub fn widen(weight: &Tensor, compute: DType) -> Result<Tensor> {
         DType::U8 => crate::e4m3::widen_codes(weight, compute),
         _ => weight.to_dtype(compute),
     }
-}
-
-/// A weight that the fast forms can read: as it is stored if that is f32, f16 or bf16.
-pub(crate) fn stored(weight: &Tensor) -> Result<Tensor> {
-    if readable(weight) { Ok(weight.clone()) } else { widen(weight, DType::F32) }
 }
 
 /// Rows of a tensor whose last dimension is `d`.
@@ -53,14 +49,14 @@ pub fn linear_forward<'a>(x: &Tensor, weight: impl Into<Frozen<'a>>, bias: Optio
     let (n, shape) = (rows(x, inner), with_last(x, out));
     let x = x.contiguous()?;
     if !fast(&x) {
-        let y = x.reshape((n, inner))?.matmul(&widen(weight, x.dtype())?.t()?)?;
+        let y = x.reshape((n, inner))?.matmul(&weight.widened(x.dtype())?.t()?)?;
         return match bias {
             Some(b) => add_over(&y, &b, 1, out)?.reshape(shape),
             None => y.reshape(shape),
         };
     }
     let weight = stored(weight)?;
-    let held = Held::new(&Frozen { weight: &weight, delta })?;
+    let held = Held::new(&weight, delta)?;
     let (xv, lines) = (F32::new(&x)?, held.lines()?);
     let bias = bias.as_ref().map(F32::new).transpose()?;
     tensor(gemm_from(n, out, inner, Operand::rows(&xv, inner), Operand::weight_rows(&lines, inner), bias.as_deref()), shape)
@@ -79,10 +75,10 @@ pub fn linear_input_grad<'a>(dy: &Tensor, weight: impl Into<Frozen<'a>>) -> Resu
     let (n, shape) = (rows(dy, out), with_last(dy, inner));
     let dy = dy.contiguous()?;
     if !fast(&dy) {
-        return dy.reshape((n, out))?.matmul(&widen(weight, dy.dtype())?)?.reshape(shape);
+        return dy.reshape((n, out))?.matmul(&weight.widened(dy.dtype())?)?.reshape(shape);
     }
     let weight = stored(weight)?;
-    let held = Held::new(&Frozen { weight: &weight, delta })?;
+    let held = Held::new(&weight, delta)?;
     let (dyv, lines) = (F32::new(&dy)?, held.lines()?);
     tensor(gemm(n, inner, out, Operand::rows(&dyv, out), Operand::weight_columns(&lines, inner, 0)), shape)
 }
@@ -91,8 +87,8 @@ pub fn linear_input_grad<'a>(dy: &Tensor, weight: impl Into<Frozen<'a>>) -> Resu
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn linear(x: &Value, weight: &Tensor, bias: Option<&Tensor>) -> Result<Value> {
-    let out = linear_forward(x.tensor(), weight, bias)?;
-    let weight = weight.clone();
+pub fn linear(x: &Value, weight: impl Into<Weight>, bias: Option<&Tensor>) -> Result<Value> {
+    let weight = weight.into();
+    let out = linear_forward(x.tensor(), &weight, bias)?;
     Ok(custom("linear", &[x], out, move |dy| Ok(vec![Some(linear_input_grad(dy, &weight)?)])))
 }

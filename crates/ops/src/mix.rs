@@ -117,6 +117,7 @@ pub fn mix_grad(y: &Tensor, x: &Tensor) -> Result<Tensor> {
         return Ok(dw);
     }
     if !fast(&x) || !fast(&y) {
+        let (y, x) = if y.dtype().size_in_bytes() < 4 { (y.to_dtype(DType::F32)?, x.to_dtype(DType::F32)?) } else { (y, x) };
         return y.matmul(&x.transpose(D::Minus2, D::Minus1)?.contiguous()?)?.to_dtype(DType::F32)?.sum(0);
     }
     let (yv, xv) = (F32::new(&y)?, F32::new(&x)?);

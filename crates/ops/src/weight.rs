@@ -2,6 +2,8 @@
 //! `kron(w1, w2)` added if there is one. Neither a widened copy nor W + delta ever exists whole.
 
 use crate::ahead::Ahead;
+use crate::linear::widen;
+use crate::mapped::{Mapped, Weight};
 use crate::math::simd;
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor};
 use half::slice::HalfFloatSliceExt;
@@ -17,34 +19,50 @@ pub struct Delta<'a> {
 }
 
 /// A frozen weight, and what is added to it.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Frozen<'a> {
     /// `(out, in, ..)`.
-    pub weight: &'a Tensor,
+    pub weight: Weight,
     /// Only for f32 on the CPU, see [`crate::kernel::fuses`].
     pub delta: Option<Delta<'a>>,
 }
 
-impl<'a> From<&'a Tensor> for Frozen<'a> {
-    fn from(weight: &'a Tensor) -> Self {
-        Self { weight, delta: None }
+impl<W: Into<Weight>> From<W> for Frozen<'_> {
+    fn from(weight: W) -> Self {
+        Self { weight: weight.into(), delta: None }
     }
 }
 
-enum Stored<'a> {
+/// A weight's elements, C order.
+pub(crate) enum Stored<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
 }
 
+impl Stored<'_> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::F16(v) => v.len(),
+            Self::Bf16(v) => v.len(),
+        }
+    }
+}
+
 /// Holds the borrows that [`Lines`] looks into.
 pub(crate) struct Held<'a> {
-    weight: (StorageRef<'a>, &'a Layout),
+    weight: Place<'a>,
     row: usize,
     w1: Vec<f32>,
     w2: Vec<f32>,
     /// b, c and the elements of one row of w2.
     sizes: [usize; 3],
+}
+
+enum Place<'a> {
+    Tensor(StorageRef<'a>, &'a Layout),
+    Mapped(&'a Mapped),
 }
 
 /// The rows of a weight seen as a matrix `(out, rest)`.
@@ -57,34 +75,41 @@ pub(crate) struct Lines<'a> {
 
 impl<'a> Held<'a> {
     /// Borrows a contiguous f32, f16 or bf16 weight on the CPU.
-    pub(crate) fn new(frozen: &Frozen<'a>) -> Result<Self> {
-        let weight = frozen.weight;
-        let row = weight.elem_count() / weight.dim(0)?.max(1);
-        let (w1, w2, sizes) = match frozen.delta {
+    pub(crate) fn new(weight: &'a Weight, delta: Option<Delta>) -> Result<Self> {
+        let rows = weight.dims().first().copied().unwrap_or(1);
+        let row = weight.elem_count() / rows.max(1);
+        let (w1, w2, sizes) = match delta {
             None => (Vec::new(), Vec::new(), [1, 1, 1]),
             Some(Delta { w1, w2 }) => {
                 let ((a, b), c) = (w1.dims2()?, w2.dim(0)?);
                 let inner = w2.elem_count() / c.max(1);
-                if a * c != weight.dim(0)? || b * inner != row {
+                if a * c != rows || b * inner != row {
                     candle_core::bail!("weight {:?} is not w1 {:?} by w2 {:?}", weight.dims(), w1.dims(), w2.dims());
                 }
                 (w1.flatten_all()?.to_vec1()?, w2.flatten_all()?.to_vec1()?, [b, c, inner])
             }
         };
-        Ok(Self { weight: weight.storage_and_layout(), row, w1, w2, sizes })
+        let weight = match weight {
+            Weight::Tensor(tensor) => {
+                let (storage, layout) = tensor.storage_and_layout();
+                Place::Tensor(storage, layout)
+            }
+            Weight::Mapped(mapped) => Place::Mapped(mapped),
+        };
+        Ok(Self { weight, row, w1, w2, sizes })
     }
 
     pub(crate) fn lines(&self) -> Result<Lines<'_>> {
-        let (storage, layout) = &self.weight;
-        let (Storage::Cpu(data), Some((start, end))) = (&**storage, layout.contiguous_offsets()) else {
-            candle_core::bail!("a weight must be contiguous and on the CPU: {:?}", layout.shape());
+        let stored = match &self.weight {
+            Place::Mapped(mapped) => mapped.stored(),
+            Place::Tensor(storage, layout) => match (&**storage, layout.contiguous_offsets()) {
+                (Storage::Cpu(CpuStorage::F32(v)), Some((start, end))) => Some(Stored::F32(&v[start..end])),
+                (Storage::Cpu(CpuStorage::F16(v)), Some((start, end))) => Some(Stored::F16(&v[start..end])),
+                (Storage::Cpu(CpuStorage::BF16(v)), Some((start, end))) => Some(Stored::Bf16(&v[start..end])),
+                _ => None,
+            },
         };
-        let stored = match data {
-            CpuStorage::F32(v) => Stored::F32(&v[start..end]),
-            CpuStorage::F16(v) => Stored::F16(&v[start..end]),
-            CpuStorage::BF16(v) => Stored::Bf16(&v[start..end]),
-            other => candle_core::bail!("a weight must be f32, f16 or bf16: {:?}", candle_core::backend::BackendStorage::dtype(other)),
-        };
+        let Some(stored) = stored else { candle_core::bail!("a weight must be f32, f16 or bf16, contiguous and on the CPU") };
         let delta = if self.w1.is_empty() { None } else { Some((&self.w1[..], &self.w2[..])) };
         Ok(Lines { stored, row: self.row, delta, sizes: self.sizes })
     }
@@ -190,7 +215,12 @@ fn widen_bf16(from: &[bf16], to: &mut [f32]) {
     );
 }
 
-/// Whether a weight of this type is read as it is stored.
-pub(crate) fn readable(weight: &Tensor) -> bool {
-    matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16) && weight.is_contiguous() && weight.device().is_cpu()
+/// A weight that products on the CPU can read: as it is stored if that is f32, f16 or bf16.
+pub(crate) fn stored(weight: Weight) -> Result<Weight> {
+    match weight {
+        Weight::Tensor(t) if !matches!(t.dtype(), DType::F32 | DType::F16 | DType::BF16) || !t.is_contiguous() => {
+            Ok(widen(&t, DType::F32)?.into())
+        }
+        weight => Ok(weight),
+    }
 }

@@ -7,6 +7,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
+use ops::Weight;
 
 use crate::checkpoint::{Checkpoint, Part, zeros};
 use crate::error::{Error, Result};
@@ -59,33 +60,54 @@ impl<'a> Builder<'a> {
         Err(Error::Mismatch { path: self.checkpoint.path().to_path_buf(), part: self.part, missing, misshapen, extra })
     }
 
-    fn take(&self, name: String, shape: &[usize], dtype: Option<DType>) -> Result<Tensor> {
-        if self.checkpoint.record(self.part, &name, shape) {
-            return zeros(shape, dtype.unwrap_or(DType::F32));
+    /// Notes that the network has this tensor. Gives zeros without memory where none is to be read, or it does not fit.
+    fn stand_in(&self, name: &str, shape: &[usize], dtype: Option<DType>) -> Result<Option<Tensor>> {
+        if self.checkpoint.record(self.part, name, shape) {
+            return zeros(shape, dtype.unwrap_or(DType::F32)).map(Some);
         }
-        let found = self.checkpoint.shape(self.part, &name);
+        let found = self.checkpoint.shape(self.part, name);
         let mut findings = self.findings.borrow_mut();
         match found {
             Some(found) if found == shape => {
-                findings.used.insert(name.clone());
-                drop(findings);
-                if !self.checkpoint.has_weights() {
-                    let stored = self.checkpoint.dtype(self.part, &name).map_or(DType::F32, weight_type);
-                    return zeros(shape, dtype.unwrap_or(stored));
+                findings.used.insert(name.into());
+                if self.checkpoint.has_weights() {
+                    return Ok(None);
                 }
-                let tensor = self.checkpoint.load(self.part, &name)?;
-                let dtype = dtype.unwrap_or_else(|| weight_type(tensor.dtype()));
-                let kept = if dtype == DType::F8E4M3 { ops::e4m3_codes(&tensor)? } else { tensor.to_dtype(dtype)? };
-                return Ok(kept.to_device(self.checkpoint.device())?);
+                let stored = self.checkpoint.dtype(self.part, name).map_or(DType::F32, weight_type);
+                return zeros(shape, dtype.unwrap_or(stored)).map(Some);
             }
             Some(found) => {
                 findings.misshapen.push(format!("{name}: {found:?}, expected {shape:?}"));
-                findings.used.insert(name);
+                findings.used.insert(name.into());
             }
             None => findings.missing.push(format!("{name} {shape:?}")),
         }
         // Construction goes on, so that all mismatches are found; nothing is computed with this tensor.
-        zeros(shape, DType::U8)
+        zeros(shape, DType::U8).map(Some)
+    }
+
+    fn take(&self, name: &str, shape: &[usize], dtype: Option<DType>) -> Result<Tensor> {
+        match self.stand_in(name, shape, dtype)? {
+            Some(zeros) => Ok(zeros),
+            None => self.read(name, dtype),
+        }
+    }
+
+    fn read(&self, name: &str, dtype: Option<DType>) -> Result<Tensor> {
+        let tensor = self.checkpoint.load(self.part, name)?;
+        let dtype = dtype.unwrap_or_else(|| weight_type(tensor.dtype()));
+        let kept = if dtype == DType::F8E4M3 { ops::e4m3_codes(&tensor)? } else { tensor.to_dtype(dtype)? };
+        Ok(kept.to_device(self.checkpoint.device())?)
+    }
+
+    /// The weight of a layer, which stays in the file's map where nothing has to be done to it.
+    fn take_weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        if let Some(zeros) = self.stand_in(name, shape, self.dtype)? {
+            return Ok(zeros.into());
+        }
+        let as_stored = self.dtype.is_none() || self.dtype == self.checkpoint.dtype(self.part, name);
+        let mapped = if as_stored { self.checkpoint.mapped(self.part, name) } else { None };
+        mapped.map_or_else(|| Ok(self.read(name, self.dtype)?.into()), |m| Ok(Weight::Mapped(m)))
     }
 }
 
@@ -119,14 +141,14 @@ impl<'b, 'a> Scope<'b, 'a> {
         Scope::open(self.builder, self.join(name), class)
     }
 
-    fn weight(&self, path: &str, shape: &[usize]) -> Result<Tensor> {
-        self.builder.take(format!("{path}.weight"), shape, self.builder.dtype)
+    fn weight(&self, path: &str, shape: &[usize]) -> Result<Weight> {
+        self.builder.take_weight(&format!("{path}.weight"), shape)
     }
 
     /// A tensor that never is kept in 8 bits.
     fn plain(&self, name: String, shape: &[usize]) -> Result<Tensor> {
         let dtype = self.builder.dtype.filter(|d| *d != DType::F8E4M3);
-        self.builder.take(name, shape, dtype)
+        self.builder.take(&name, shape, dtype)
     }
 
     /// A bare tensor of this module, in its storage type.
@@ -165,8 +187,8 @@ impl<'b, 'a> Scope<'b, 'a> {
 
     fn norm(&self, name: impl Display, class: &'static str, channels: usize, eps: f64, groups: Option<usize>) -> Result<Arc<Norm>> {
         let path = self.join(name);
-        let weight = self.builder.take(format!("{path}.weight"), &[channels], Some(DType::F32))?;
-        let bias = self.builder.take(format!("{path}.bias"), &[channels], Some(DType::F32))?;
+        let weight = self.builder.take(&format!("{path}.weight"), &[channels], Some(DType::F32))?;
+        let bias = self.builder.take(&format!("{path}.bias"), &[channels], Some(DType::F32))?;
         let layer = Arc::new(Norm::new(weight, bias, eps, groups)?);
         self.leaf(path, class, Leaf::Norm(layer.clone()));
         Ok(layer)

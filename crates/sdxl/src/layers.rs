@@ -1,12 +1,12 @@
 //! The layers that hold weights, and where an adapter attaches to them.
 //!
-//! A layer's weight is frozen and is a plain tensor. An [`Adapter`] sits in the layer's slot and takes over its forward
+//! A layer's weight is frozen: a plain tensor, or mapped from the file. An [`Adapter`] sits in the layer's slot and takes over its forward
 //! pass; without one the layer runs as published.
 
 use std::sync::{Arc, RwLock};
 
 use candle_core::{DType, Result, Tensor};
-use ops::Value;
+use ops::{Value, Weight};
 
 /// What replaces a layer's forward pass. The adapter's crate implements it for LoKr and for trained norms.
 pub trait Adapter: Send + Sync {
@@ -14,13 +14,13 @@ pub trait Adapter: Send + Sync {
     ///
     /// # Errors
     /// If shapes do not fit.
-    fn linear(&self, x: &Value, weight: &Tensor, bias: Option<&Tensor>) -> Result<Value>;
+    fn linear(&self, x: &Value, weight: &Weight, bias: Option<&Tensor>) -> Result<Value>;
 
     /// Forward of a convolution: `x (n, c, h, w)`, `weight (o, c, kh, kw)`, `bias (o)`.
     ///
     /// # Errors
     /// If shapes do not fit.
-    fn conv2d(&self, x: &Value, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Value>;
+    fn conv2d(&self, x: &Value, weight: &Weight, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Value>;
 
     /// The weight and bias that a norm uses in place of its own, both `(c)`.
     ///
@@ -62,7 +62,7 @@ macro_rules! attachable {
 /// A linear layer, weight `(out, in)`.
 pub struct Linear {
     /// Frozen weight `(out, in)`.
-    pub weight: Tensor,
+    pub weight: Weight,
     /// Frozen bias `(out)`.
     pub bias: Option<Tensor>,
     adapter: Slot,
@@ -70,8 +70,8 @@ pub struct Linear {
 
 impl Linear {
     /// A layer without adapter.
-    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias, adapter: Slot::default() }
+    pub fn new(weight: impl Into<Weight>, bias: Option<Tensor>) -> Self {
+        Self { weight: weight.into(), bias, adapter: Slot::default() }
     }
 
     /// `x (.., in)` to `(.., out)`.
@@ -90,7 +90,7 @@ attachable!(Linear);
 /// A 2-d convolution, weight `(o, c, kh, kw)`.
 pub struct Conv2d {
     /// Frozen weight `(o, c, kh, kw)`.
-    pub weight: Tensor,
+    pub weight: Weight,
     /// Frozen bias `(o)`.
     pub bias: Option<Tensor>,
     /// Step in pixels, both axes.
@@ -102,8 +102,8 @@ pub struct Conv2d {
 
 impl Conv2d {
     /// A layer without adapter.
-    pub fn new(weight: Tensor, bias: Option<Tensor>, stride: usize, padding: usize) -> Self {
-        Self { weight, bias, stride, padding, adapter: Slot::default() }
+    pub fn new(weight: impl Into<Weight>, bias: Option<Tensor>, stride: usize, padding: usize) -> Self {
+        Self { weight: weight.into(), bias, stride, padding, adapter: Slot::default() }
     }
 
     /// `x (n, c, h, w)` to `(n, o, oh, ow)`.

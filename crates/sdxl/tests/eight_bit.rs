@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use ops::Value;
+use ops::{Value, Weight};
 use sdxl::Sdxl;
 use sdxl::checkpoint::{Checkpoint, HeadDims};
 use sdxl::layers::{Leaf, ModuleTree};
@@ -21,7 +21,7 @@ fn checkpoint() -> Checkpoint {
 }
 
 /// Weights of linear layers and convolutions, and the other tensors of layers.
-fn tensors(tree: &ModuleTree) -> (Vec<&Tensor>, Vec<&Tensor>) {
+fn tensors(tree: &ModuleTree) -> (Vec<&Weight>, Vec<&Tensor>) {
     let (mut weights, mut others) = (vec![], vec![]);
     for node in &tree.nodes {
         match &node.leaf {
@@ -40,8 +40,8 @@ fn tensors(tree: &ModuleTree) -> (Vec<&Tensor>, Vec<&Tensor>) {
     (weights, others)
 }
 
-fn bytes(tensors: &[&Tensor]) -> usize {
-    tensors.iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
+fn bytes(weights: &[&Weight]) -> usize {
+    weights.iter().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum()
 }
 
 #[test]
@@ -57,8 +57,8 @@ fn weights_take_a_byte_for_each_number_and_the_rest_stays_as_it_is() {
         // Biases as in the file, norms widened as always.
         assert!(others.iter().all(|t| matches!(t.dtype(), DType::F16 | DType::F32)));
         for (codes, plain) in weights.iter().zip(&plain) {
-            let codes: Vec<u8> = codes.flatten_all().unwrap().to_vec1().unwrap();
-            let values: Vec<f32> = plain.flatten_all().unwrap().to_vec1().unwrap();
+            let codes: Vec<u8> = codes.tensor().unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let values: Vec<f32> = plain.tensor().unwrap().flatten_all().unwrap().to_vec1().unwrap();
             assert!(codes.iter().zip(&values).all(|(&c, &v)| c == ops::e4m3_encode(v)));
         }
     }
@@ -95,12 +95,12 @@ fn a_layer_computes_with_what_its_codes_say() {
                 Leaf::Linear(l) if linear < 9 => {
                     linear += 1;
                     let run = |w: &Tensor, x: &Value| ops::linear(x, w, l.bias.as_ref()).unwrap();
-                    same(&run, &l.weight, like(&[3, l.weight.dims()[1]]));
+                    same(&run, &l.weight.tensor().unwrap(), like(&[3, l.weight.dims()[1]]));
                 }
                 Leaf::Conv2d(l) if conv < 9 => {
                     conv += 1;
                     let run = |w: &Tensor, x: &Value| ops::conv2d(x, w, l.bias.as_ref(), l.stride, l.padding).unwrap();
-                    same(&run, &l.weight, like(&[2, l.weight.dims()[1], 6, 6]));
+                    same(&run, &l.weight.tensor().unwrap(), like(&[2, l.weight.dims()[1], 6, 6]));
                 }
                 _ => {}
             }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Tensor};
-use ops::Value;
+use ops::{Value, Weight};
 use sdxl::checkpoint::{Checkpoint, HeadDims, Shapes};
 use sdxl::conditioning::{added_condition, timestep_embedding};
 use sdxl::layers::Leaf;
@@ -195,6 +195,41 @@ fn weights_are_kept_in_the_type_that_is_asked_for() {
         let bound = if kept == DType::BF16 { 0.1 } else { 0.0 };
         let moved = worst(&out(&model), &wide);
         assert!(moved <= bound && (kept != DType::BF16 || moved > 0.0), "{asked:?}: {moved}");
+    }
+}
+
+fn weights(model: &Sdxl) -> Vec<Weight> {
+    let weight = |leaf: &Leaf| match leaf {
+        Leaf::Linear(layer) => Some(layer.weight.clone()),
+        Leaf::Conv2d(layer) => Some(layer.weight.clone()),
+        Leaf::Norm(_) | Leaf::Other => None,
+    };
+    let nodes = model.te1.tree.nodes.iter().chain(&model.te2.tree.nodes).chain(&model.unet.tree.nodes);
+    nodes.filter_map(|node| weight(&node.leaf)).collect()
+}
+
+/// Weights that need no conversion stay in the file's map, the thirds of a fused tensor too, and hold what a copy holds.
+#[test]
+fn weights_stay_in_the_map_where_nothing_is_done_to_them() {
+    let files = [golden("tiny-sdxl.safetensors"), golden("tiny-sdxl-diffusers")];
+    for file in files {
+        let open = || Checkpoint::open(&file).unwrap().with_head_dims(TINY);
+        let is_mapped = |w: &Weight| matches!(w, Weight::Mapped(_));
+        let bytes = |w: &Weight| {
+            let mut bytes = Vec::new();
+            w.tensor().unwrap().write_bytes(&mut bytes).unwrap();
+            bytes
+        };
+        let mapped = weights(&Sdxl::load(&open(), None).unwrap());
+        // The single file's text projection is turned on the way.
+        let turned = if file.is_file() { 1 } else { 0 };
+        assert_eq!(mapped.iter().filter(|w| !is_mapped(w)).count(), turned, "{}", file.display());
+        let copied = weights(&Sdxl::load(&open().with_mapped_weights(false), None).unwrap());
+        assert!(copied.iter().all(|w| !is_mapped(w)));
+        assert_eq!(mapped.len(), copied.len());
+        assert!(mapped.iter().zip(&copied).all(|(a, b)| (a.dims(), a.dtype()) == (b.dims(), b.dtype()) && bytes(a) == bytes(b)));
+        let converted = weights(&Sdxl::load(&open(), DType::F32).unwrap());
+        assert!(converted.iter().all(|w| !is_mapped(w)), "the file is f16");
     }
 }
 

@@ -48,6 +48,39 @@ fn refused(result: Result<SafeTensors>, says: &str) {
     }
 }
 
+/// Bytes that are handed out live longer than the file's handle, and longer than its name.
+#[test]
+fn shared_bytes_keep_the_map() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    write(&path, vec![source("a", Dtype::U8, &[2], &[1, 2]), source("b", Dtype::U8, &[3], &[3, 4, 5])], &BTreeMap::new()).unwrap();
+    let file = SafeTensors::open(&path).unwrap();
+    let (a, b) = (file.shared("a").unwrap(), file.shared("b").unwrap());
+    assert!(file.shared("c").is_none());
+    drop(file);
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!((&a[..], &b[..]), (&[1u8, 2][..], &[3u8, 4, 5][..]));
+}
+
+/// Writing into the file is noticed, once; a file that another one replaces is as it was.
+#[test]
+fn a_file_that_is_written_to_has_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.safetensors");
+    let tensors = || vec![source("a", Dtype::U8, &[2], &[1, 2])];
+    write(&path, tensors(), &BTreeMap::new()).unwrap();
+    let file = SafeTensors::open(&path).unwrap();
+    assert!(file.unchanged().unwrap());
+    write(&path, tensors(), &BTreeMap::new()).unwrap();
+    assert!(file.unchanged().unwrap(), "replaced by rename");
+
+    let file = SafeTensors::open(&path).unwrap();
+    let earlier = std::time::SystemTime::now() - std::time::Duration::from_secs(9);
+    std::fs::File::options().write(true).open(&path).unwrap().set_modified(earlier).unwrap();
+    assert!(!file.unchanged().unwrap());
+    assert!(file.unchanged().unwrap(), "told once");
+}
+
 #[test]
 fn what_is_written_is_read_back() {
     let dir = tempfile::tempdir().unwrap();

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use candle_core::DType;
 use lokr::{LokrNetwork, ParameterGroup, Preset, Trees};
 use sdxl::Sdxl;
 use sdxl::checkpoint::{Checkpoint, Part};
@@ -47,9 +48,22 @@ pub fn load_model_as(checkpoint: &Checkpoint, dtype: WeightDtype) -> Result<Sdxl
 pub fn load_for_training(config: &RunConfig, checkpoint: &Checkpoint) -> Result<Sdxl> {
     let compute = precision::compute_type(&config.train);
     let (text, unet) = precision::weight_types(config);
-    let mut model = Sdxl::load_as(checkpoint, text, unet)?;
+    // What computes in half precision on the CPU would copy a mapped weight in every call.
+    let mapped = !config.model.disable_mmap_load_safetensors && compute == DType::F32;
+    let mut model = Sdxl::load_as(&checkpoint.clone().with_mapped_weights(mapped), text, unet)?;
     model.compute_in(compute);
     Ok(model)
+}
+
+/// The base model's file that another program has changed since it was opened; one that was only touched is not. Weights are read from
+/// the file as long as the run lasts: by every step where they are mapped, else by exports and for the VAE.
+///
+/// # Errors
+/// If the system does not say.
+pub fn changed_file<'a>(checkpoint: &'a Checkpoint, sha256: &str) -> Result<Option<&'a Path>> {
+    let Some(changed) = checkpoint.changed_file()? else { return Ok(None) };
+    let of_vae = checkpoint.vae_path().is_some_and(|vae| changed.starts_with(vae));
+    Ok((of_vae || checkpoint.hash()?.sha256 != sha256).then_some(changed))
 }
 
 /// The trees that a recipe adapts: a part with learning rate 0 is left out.

@@ -108,6 +108,14 @@ pub enum Error {
         /// The newest checkpoint of the run.
         checkpoint: Option<PathBuf>,
     },
+    /// Another program wrote to the base model during the run.
+    #[error("`{}` was changed while it was trained on; step {step} is not applied", path.display())]
+    BaseChanged {
+        /// The file.
+        path: PathBuf,
+        /// The optimizer step, counted from 1.
+        step: u64,
+    },
     /// Anything that the user can mend, with the way out.
     #[error("{what}")]
     Refused {
@@ -163,6 +171,11 @@ impl Error {
                 "set train.mixed_precision = \"bf16\" or \"no\", or lower the learning rate; none of these steps was applied, and {}",
                 last_good(checkpoint.as_deref())
             )),
+            Self::BaseChanged { .. } => Some(
+                "put the file back as it was and run the same command again: the run is saved up to the step before. A file that is \
+                 replaced by renaming another over it does not disturb a run"
+                    .into(),
+            ),
             Self::Refused { hint, .. } => Some(hint.clone()),
             Self::Tensor(_) | Self::Picture { .. } => None,
         }

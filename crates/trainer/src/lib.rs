@@ -30,6 +30,7 @@ pub mod plan;
 pub mod precision;
 pub mod preview;
 pub mod ranks;
+mod rates;
 pub mod rehearsal;
 pub mod resume;
 pub mod setup;

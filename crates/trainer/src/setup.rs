@@ -41,6 +41,8 @@ pub struct Parts {
     pub outputs: Option<Outputs>,
     /// The loss.
     pub objective: Objective,
+    /// The base model's files.
+    pub base: Checkpoint,
     /// SHA-256 of the base model.
     pub base_hash: String,
 }
@@ -113,7 +115,7 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
         model.vae.release();
     }
     observe(Event::Note(derived(config, &data, &sizes, &optimizer, model.device())));
-    Ok(Parts { model, network, trained, optimizer, data, outputs, objective, base_hash: hash.sha256 })
+    Ok(Parts { model, network, trained, optimizer, data, outputs, objective, base: checkpoint, base_hash: hash.sha256 })
 }
 
 /// The recipe's optimizer for tensors of these sizes, its state empty, on the GPU if the model is there and it can be.

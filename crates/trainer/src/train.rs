@@ -1,14 +1,17 @@
 //! A training run from top to bottom: parts are built, state is restored, the loop runs, a checkpoint is written.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use dist::World;
 use lokr::ParameterGroup;
-use optim::{Optimizer, Schedule};
+use optim::Optimizer;
 use sdxl::Sdxl;
+use sdxl::checkpoint::Checkpoint;
 use serde::{Deserialize, Serialize};
 
+use crate::base::changed_file;
 use crate::checkpoint::{self, RunState, Snapshot};
 use crate::config::{OnNonFinite, RunConfig};
 use crate::data::{self, Data, Prepared};
@@ -19,6 +22,7 @@ use crate::interrupt::Interrupt;
 use crate::outputs;
 use crate::precision::{self, Verdict};
 use crate::ranks::Ranks;
+use crate::rates::Rates;
 use crate::rehearsal;
 use crate::resume;
 use crate::setup::{self, Parts};
@@ -91,7 +95,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     let recipe = config.to_toml();
     let mut config = config.clone();
     config.train.gradient_accumulation_steps = resume::accumulation(&config, found.as_ref(), ranks.count(), options, observe)?;
-    let Parts { model, network, trained, mut optimizer, data, outputs, objective, base_hash } =
+    let Parts { model, network, trained, mut optimizer, data, outputs, objective, base, base_hash } =
         setup::build(&config, sources, &ranks, observe)?;
     let timeline = data.timeline;
 
@@ -103,7 +107,7 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
         loss_scaler: precision::scaler(&config.train, None)?,
         plan_fingerprint: data.plan(0)?.fingerprint().into(),
         dataset_fingerprint: data.dataset.fingerprint(),
-        base_hash,
+        base_hash: base_hash.clone(),
         ..RunState::default()
     };
     let (from, tail) = found.as_ref().map(|found| (found.path.clone(), found.metrics.clone())).unzip();
@@ -146,7 +150,16 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
     let rates = Rates::new(&config, timeline.total_steps)?;
     let mut batches = data::prefetch(&data, state.step, loaders)?;
     let mut writer = Writer::default();
-    let run = Run { config: &config, ranks: &ranks, model: &model, objective: &objective, trained: &trained, data: &data, rates: &rates };
+    let run = Run {
+        config: &config,
+        ranks: &ranks,
+        model: &model,
+        base: (&base, &base_hash),
+        objective: &objective,
+        trained: &trained,
+        data: &data,
+        rates: &rates,
+    };
     observe(Event::Start { done: state.step, total: timeline.total_steps });
     while state.step < timeline.total_steps {
         if ranks.group.any("stop", options.interrupt.requested())? {
@@ -159,7 +172,17 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
             ranks.wait("the end of the run")?;
             return Ok(Outcome::Interrupted);
         }
-        let report = train_step(&run, &mut optimizer, &mut batches, &mut buckets, &mut state, observe)?;
+        let report = match train_step(&run, &mut optimizer, &mut batches, &mut buckets, &mut state, observe) {
+            Err(error @ Error::BaseChanged { .. }) => {
+                // Nothing of that step is in the state.
+                if let Some(outputs) = &outputs {
+                    save(&run, &optimizer, &state, &recipe, outputs.metrics.tail()?, &mut writer)?;
+                }
+                writer.finish(observe)?;
+                return Err(error);
+            }
+            report => report?,
+        };
         let due = |n: Option<u64>| n.is_some_and(|n| n > 0 && state.step.is_multiple_of(n));
         let last = state.step == timeline.total_steps;
         let save_due = due(config.output.save_every_n_steps) || last;
@@ -198,6 +221,8 @@ struct Run<'a> {
     config: &'a RunConfig,
     ranks: &'a Ranks,
     model: &'a Sdxl,
+    /// The base model's files and their SHA-256.
+    base: (&'a Checkpoint, &'a str),
     objective: &'a Objective,
     trained: &'a [Trained],
     data: &'a Data,
@@ -213,7 +238,7 @@ fn train_step(
     state: &mut RunState,
     observe: &mut Observer,
 ) -> Result<StepReport> {
-    let Run { config, ranks, model, objective, trained, data, rates } = *run;
+    let Run { config, ranks, model, base: (base, base_hash), objective, trained, data, rates } = *run;
     let started = Instant::now();
     let samples = data.samples_of(state.step)?;
     let scale = precision::loss_scale(state);
@@ -253,7 +278,11 @@ fn train_step(
     drop(losses);
     phases.compute += computing.elapsed().as_secs_f64();
     phases.reduce = buckets.finish(ranks, trained, state.step)?;
-    let shares = ranks.gather("loss of the step", &Share { loss: loss.to_bits(), replaced, first_bad, phases })?;
+    let base_changed = changed_file(base, base_hash)?.map(Path::to_path_buf);
+    let shares = ranks.gather("loss of the step", &Share { loss: loss.to_bits(), replaced, first_bad, base_changed, phases })?;
+    if let Some(path) = shares.iter().find_map(|s| s.base_changed.clone()) {
+        return Err(Error::BaseChanged { path, step: state.step + 1 });
+    }
     // The same number on all ranks, and so is the norm: what follows from them is decided by all alike.
     let loss: f64 = shares.iter().map(|s| f64::from_bits(s.loss)).sum();
     if state.step == 0 {
@@ -326,6 +355,8 @@ struct Share {
     replaced: u64,
     /// Where that began, if it is none.
     first_bad: Option<String>,
+    /// The base model's file, if it was changed.
+    base_changed: Option<PathBuf>,
     phases: Phases,
 }
 
@@ -351,34 +382,8 @@ fn tell_broken(ranks: &Ranks, data: &Data, left_out: usize, state: &RunState, ob
 }
 
 /// The newest whole checkpoint, for the message of a run that stops.
-fn last_checkpoint(config: &RunConfig) -> Option<std::path::PathBuf> {
+fn last_checkpoint(config: &RunConfig) -> Option<PathBuf> {
     checkpoint::find_newest_whole(&config.output.dir).ok()?.0.map(|found| found.path)
-}
-
-/// The learning rate of each part at each step.
-struct Rates([(ParameterGroup, f64, Schedule); 3]);
-
-/// Learning rates of one step.
-struct StepRates([(ParameterGroup, f64); 3]);
-
-impl Rates {
-    fn new(config: &RunConfig, total_steps: u64) -> Result<Self> {
-        let rate = |group| -> Result<_> {
-            let base = crate::base::learning_rate(config, group);
-            Ok((group, base, config.lr_schedule(total_steps, base)?))
-        };
-        Ok(Self([rate(ParameterGroup::TextEncoder1)?, rate(ParameterGroup::TextEncoder2)?, rate(ParameterGroup::Unet)?]))
-    }
-
-    fn at(&self, step: u64) -> StepRates {
-        StepRates(self.0.each_ref().map(|(group, base, schedule)| (*group, base * schedule.factor(step))))
-    }
-}
-
-impl StepRates {
-    fn of(&self, group: ParameterGroup) -> f64 {
-        self.0.iter().find(|(g, _)| *g == group).map_or(0.0, |(_, rate)| *rate)
-    }
 }
 
 /// Hands a snapshot to the writer.

@@ -34,6 +34,12 @@ impl std::fmt::Display for How {
         match self {
             How::Code(code) => write!(f, "ended with exit code {code}"),
             How::Signal(number) => match signal_hook::low_level::signal_name(*number) {
+                Some(name @ "SIGBUS") => {
+                    write!(
+                        f,
+                        "was killed by signal {number} ({name}): a mapped file, such as the base model, was cut short or cannot be read"
+                    )
+                }
                 Some(name) => write!(f, "was killed by signal {number} ({name})"),
                 None => write!(f, "was killed by signal {number}"),
             },

@@ -68,8 +68,8 @@ impl Small {
     /// What the adapter makes of each layer's weight.
     fn merged(&self, network: &LokrNetwork) -> Vec<Tensor> {
         let weight = |node: &ModuleNode| match &node.leaf {
-            Leaf::Linear(l) => Some(l.weight.clone()),
-            Leaf::Conv2d(l) => Some(l.weight.clone()),
+            Leaf::Linear(l) => l.weight.tensor().ok(),
+            Leaf::Conv2d(l) => l.weight.tensor().ok(),
             Leaf::Norm(l) => Some(l.weight.clone()),
             Leaf::Other => None,
         };

@@ -4,7 +4,7 @@ use super::{close, golden};
 use crate::functional::Path;
 use crate::{Factor, Layer, LokrModule, LokrShape, Multiplier};
 use candle_core::{DType, Tensor};
-use ops::{Parameter, Value};
+use ops::{Parameter, Value, Weight};
 use sdxl::layers::Adapter;
 
 /// The bound that golden/README.md gives for f32 sums in another order.
@@ -18,6 +18,7 @@ fn module(case: &golden::Case, tensors: &std::collections::BTreeMap<String, Tens
 }
 
 fn run(module: &LokrModule, case: &golden::Case, x: &Value, weight: &Tensor, bias: Option<&Tensor>) -> Value {
+    let weight = &Weight::from(weight);
     let out = if case.layer.kernel.is_some() {
         module.conv2d(x, weight, bias, case.stride, case.padding)
     } else {
@@ -92,8 +93,8 @@ fn a_small_delta_acts_in_half_precision() {
     assert_eq!(Path::choose(256, [8, 8, 8, 8], 1, DType::F16, DType::F16), Path::Factored);
 }
 
-/// A scale far from 1 with factors that make up for it: what stands between the factors would pass f16's 65504 if the scale came
-/// first.
+/// A scale far from 1 with factors that make up for it: what stands between the factors would pass f16's 65504 if a large scale came
+/// first, and the gradient of w2, summed over many rows, if a small one came last.
 #[test]
 fn no_scale_overflows_inside_the_chain_in_f16() {
     let device = &candle_core::Device::Cpu;
@@ -103,17 +104,22 @@ fn no_scale_overflows_inside_the_chain_in_f16() {
     };
     let half = |t: &Tensor| t.to_dtype(DType::F16).expect("f16");
     let full = |t: &Tensor| t.to_dtype(DType::F32).expect("f32");
+    let conv = Layer::Conv2d { stride: 1, padding: 1 };
     // Both orders of the chain: b <= a and a < b.
-    for (a, b) in [(4, 2), (2, 4)] {
-        for (scale, size1, size2) in [(1.0, 1.0, 1e-2), (256.0, 4.0, 1e-4), (1.0 / 256.0, 4.0, 10.0)] {
-            let (w1, w2) = (half(&random(1, &[a, b], size1)), half(&random(2, &[8, 8], size2)));
-            let (x, dy) = (half(&random(3, &[64, b * 8], 30.0)), half(&random(4, &[64, a * 8], 2.0)));
-            let weight = Tensor::zeros((a * 8, b * 8), DType::F16, device).expect("zeros");
+    for ((a, b), layer) in [(4, 2), (2, 4)].into_iter().flat_map(|sides| [(sides, Layer::Linear), (sides, conv)]) {
+        for (scale, size1, size2, rows) in [(1.0, 1.0, 1e-2, 64), (256.0, 4.0, 1e-4, 64), (1.0 / 256.0, 4.0, 10.0, 4096)] {
+            let side = f64::from(rows).sqrt() as usize;
+            let (kernel, places) = if layer == conv { (vec![3, 3], side * side) } else { (vec![], rows as usize) };
+            let at = |channels| if layer == conv { vec![1, channels, side, side] } else { vec![places, channels] };
+            let with_kernel = |out, inp| [vec![out, inp], kernel.clone()].concat();
+            let (w1, w2) = (half(&random(1, &[a, b], size1)), half(&random(2, &with_kernel(8, 8), size2)));
+            let (x, dy) = (half(&random(3, &at(b * 8), 30.0)), half(&random(4, &at(a * 8), 6.0)));
+            let weight = Tensor::zeros(with_kernel(a * 8, b * 8), DType::F16, device).expect("zeros");
             let run = |compute: DType| {
                 let (x, w1, w2) = (Parameter::new("x", full(&x)), Parameter::new("w1", full(&w1)), Parameter::new("w2", full(&w2)));
                 let xv = ops::to_dtype(&x.value(), compute).expect("a type");
                 let path = Some(Path::Factored);
-                let y = crate::functional::lokr_linear(&xv, &weight, None, &w1.value(), &w2.value(), scale, path).expect("runs");
+                let y = crate::functional::adapted(layer, &xv, &weight, None, &w1.value(), &w2.value(), scale, path).expect("runs");
                 let out = full(y.tensor());
                 ops::backward(vec![(y, dy.to_dtype(compute).expect("a type"))]).expect("runs backward");
                 [Some(out), x.grad(), w1.grad(), w2.grad()].map(|t| t.expect("a gradient"))
@@ -121,7 +127,12 @@ fn no_scale_overflows_inside_the_chain_in_f16() {
             let (got, want) = (run(DType::F16), run(DType::F32));
             for (name, (got, want)) in ["y", "dx", "dw1", "dw2"].iter().zip(got.iter().zip(&want)) {
                 // Up to four roundings of 2^-11 each, relative to the largest value.
-                close(got, want, 2e-3, &format!("{name} at scale {scale}, {a}x{b}"));
+                close(got, want, 2e-3, &format!("{name} at scale {scale}, {a}x{b}, {layer:?}"));
+            }
+            // The case is one: without the scale the sum would pass f16's range.
+            if scale < 1.0 {
+                let largest = want[3].abs().and_then(|t| t.max_all()?.to_scalar::<f32>()).expect("a number");
+                assert!(f64::from(largest) / scale > 65504.0, "{largest}");
             }
         }
     }
@@ -154,7 +165,7 @@ fn the_scalar_starts_at_nought_and_is_the_only_one_to_move_first() {
         Tensor::from_vec(values, dims, device).expect("a tensor")
     };
     let (weight, x) = (random(1, (32, 48)), random(2, (5, 48)));
-    let out = module.linear(&Value::constant(x.clone()), &weight, None).expect("runs");
+    let out = module.linear(&Value::constant(x.clone()), &Weight::from(&weight), None).expect("runs");
     let base = Layer::Linear.forward(&x, &weight, None).expect("runs");
     close(out.tensor(), &base, 1e-6, "the base layer's output");
     ops::backward(vec![(out, random(3, (5, 32)))]).expect("runs backward");

@@ -25,6 +25,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use ops::Mapped;
 use serde_json::Value;
 use storage::safetensors::{Dtype, SafeTensors};
 
@@ -130,6 +131,16 @@ enum View {
     Matrix,
 }
 
+impl View {
+    /// Which of the `len` bytes in the file are the tensor's.
+    fn part(self, len: usize) -> std::ops::Range<usize> {
+        match self {
+            Self::Third(k) => len / 3 * k..len / 3 * (k + 1),
+            Self::Whole | Self::Transposed | Self::Matrix => 0..len,
+        }
+    }
+}
+
 /// A canonical tensor's place.
 #[derive(Debug, Clone)]
 struct Entry {
@@ -172,6 +183,7 @@ pub struct Checkpoint {
     head_dims: Option<HeadDims>,
     described: described::Described,
     device: Device,
+    mapped: bool,
 }
 
 impl Checkpoint {
@@ -184,6 +196,26 @@ impl Checkpoint {
     /// Where networks built from it live: the CPU if nothing else was asked for.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The same checkpoint; on the CPU the weights of linear layers and convolutions stay in the files' maps where they are used as they
+    /// are stored (that is so if nothing else was asked for), or are copied into memory.
+    pub fn with_mapped_weights(mut self, mapped: bool) -> Self {
+        self.mapped = mapped;
+        self
+    }
+
+    /// A file of the checkpoint that another program has written to since it was opened or last asked about ([`SafeTensors::unchanged`]).
+    ///
+    /// # Errors
+    /// [`Error::Storage`] if the system does not say.
+    pub fn changed_file(&self) -> Result<Option<&Path>> {
+        for file in &self.files {
+            if !file.unchanged()? {
+                return Ok(Some(file.path()));
+            }
+        }
+        Ok(None)
     }
 
     /// In which form it lies on disk.
@@ -284,20 +316,29 @@ impl Checkpoint {
         let bad = |what: String| Error::BadTensor { path: file.path().into(), name: entry.name.clone(), what };
         let dtype: DType = entry.dtype.try_into().map_err(|_| bad(format!("element type {} cannot be loaded", entry.dtype)))?;
         let bytes = file.bytes(&entry.name).ok_or_else(|| self.missing(part, name))?;
-        let bytes = match entry.view {
-            View::Third(k) => bytes.chunks_exact((bytes.len() / 3).max(1)).nth(k).unwrap_or_default(),
-            _ => bytes,
-        };
         let mut in_file = entry.shape.clone();
         if entry.view == View::Transposed {
             in_file.reverse();
         }
-        let tensor = Tensor::from_raw_buffer(bytes, dtype, &in_file, &Device::Cpu).map_err(|e| bad(e.to_string()))?;
+        let tensor =
+            Tensor::from_raw_buffer(&bytes[entry.view.part(bytes.len())], dtype, &in_file, &Device::Cpu).map_err(|e| bad(e.to_string()))?;
         file.release(&entry.name);
         if entry.view == View::Transposed && !self.untransposed {
             return Ok(tensor.t()?.contiguous()?);
         }
         Ok(tensor)
+    }
+
+    /// A tensor that stays in the map of its file, in the file's element type; `None` where weights are not mapped, it lies there in
+    /// another shape, or its elements cannot be read in place ([`Mapped::new`]).
+    pub fn mapped(&self, part: Part, name: &str) -> Option<Mapped> {
+        let entry = self.entry(part, name).filter(|_| self.mapped && self.device.is_cpu() && self.has_weights())?;
+        if entry.view == View::Transposed && !self.untransposed {
+            return None;
+        }
+        let bytes = self.files[entry.file].shared(&entry.name)?;
+        let bytes = bytes.slice(entry.view.part(bytes.len()));
+        Mapped::new(bytes, entry.dtype.try_into().ok()?, &self.shape(part, name)?)
     }
 
     fn entry(&self, part: Part, name: &str) -> Option<&Entry> {

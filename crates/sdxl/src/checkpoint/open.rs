@@ -126,6 +126,7 @@ impl Checkpoint {
             head_dims: None,
             described: Default::default(),
             device: Device::Cpu,
+            mapped: true,
         }
     }
 }

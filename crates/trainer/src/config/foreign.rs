@@ -45,7 +45,6 @@ pub(super) const WITHOUT_COUNTERPART: &[(&str, &str)] = &[
     ("clip_skip", "remove it: SDXL has none (sd-scripts ignores it too)"),
     ("v2", "remove it: the base model is always SDXL"),
     ("tokenizer_cache_dir", "remove it: the tokenizer is built in"),
-    ("disable_mmap_load_safetensors", "remove it"),
     ("torch_compile", "remove it: there is nothing to compile at run time"),
     ("dynamo_backend", "remove it: there is nothing to compile at run time"),
     ("deepspeed", "not supported"),

@@ -69,6 +69,9 @@ section! {
         /// Number format in which the weights of the UNet and the text encoders are kept in memory. Narrow ones are widened a layer at a time
         /// where they are used. "auto": as in the file. The VAE is f32, and in memory only while it is used.
         weight_dtype: WeightDtype = WeightDtype::Auto, ours;
+        /// Copy all weights into memory at the start. Otherwise a run that computes in f32 on the CPU uses those of linear layers and
+        /// convolutions where they lie in the mapped file, unless they are converted. For base models on a slow or unreliable file system.
+        disable_mmap_load_safetensors: bool = false, same;
         /// The base model predicts velocity (v) instead of noise.
         v_parameterization: bool = false, same;
         /// Train with the schedule that leaves no signal at the last timestep. The base model must have been trained so.

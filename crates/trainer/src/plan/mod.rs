@@ -167,14 +167,14 @@ impl Model {
 
 fn layers(tree: &ModuleTree) -> HashMap<String, Layer> {
     let of = |leaf: &Leaf| {
-        let weight = match leaf {
-            Leaf::Linear(l) => &l.weight,
-            Leaf::Conv2d(l) => &l.weight,
-            Leaf::Norm(l) => &l.weight,
+        let (dims, stored) = match leaf {
+            Leaf::Linear(l) => (l.weight.dims(), l.weight.dtype()),
+            Leaf::Conv2d(l) => (l.weight.dims(), l.weight.dtype()),
+            Leaf::Norm(l) => (l.weight.dims(), l.weight.dtype()),
             Leaf::Other => return None,
         };
-        let d = |i: usize| weight.dims().get(i).map_or(1, |&n| n as u64);
-        Some(Layer { out: d(0), inp: d(1), area: d(2) * d(3), stored: weight.dtype(), adapted: None })
+        let d = |i: usize| dims.get(i).map_or(1, |&n| n as u64);
+        Some(Layer { out: d(0), inp: d(1), area: d(2) * d(3), stored, adapted: None })
     };
     tree.nodes.iter().filter_map(|n| Some((n.path.clone(), of(&n.leaf)?))).collect()
 }
@@ -192,9 +192,10 @@ fn kernel_buffers(unet: &ModuleTree, threads: Option<usize>) -> u64 {
 /// Bytes of a network's frozen tensors.
 fn weight_bytes(tree: &ModuleTree) -> u64 {
     let bytes = |t: &candle_core::Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
+    let weight = |w: &ops::Weight| (w.elem_count() * w.dtype().size_in_bytes()) as u64;
     let of = |leaf: &Leaf| match leaf {
-        Leaf::Linear(l) => bytes(&l.weight) + l.bias.as_ref().map_or(0, bytes),
-        Leaf::Conv2d(l) => bytes(&l.weight) + l.bias.as_ref().map_or(0, bytes),
+        Leaf::Linear(l) => weight(&l.weight) + l.bias.as_ref().map_or(0, bytes),
+        Leaf::Conv2d(l) => weight(&l.weight) + l.bias.as_ref().map_or(0, bytes),
         Leaf::Norm(l) => bytes(&l.weight) + bytes(&l.bias),
         Leaf::Other => 0,
     };
