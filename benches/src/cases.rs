@@ -93,13 +93,15 @@ pub fn all() -> Result<Vec<Case>> {
     let flops = Work::Flops(2 * 1024 * 2048 * 2048);
     cases.push(plain("matmul_1024x2048x2048", flops, move || kernel::linear_forward(&x, &w, None)));
 
-    for (names, c, side) in [
-        (["conv3x3_320_64_forward", "conv3x3_320_64_both"], 320usize, 64usize),
-        (["conv3x3_320_16_forward", "conv3x3_320_16_both"], 320, 16),
-        (["conv3x3_640_8_forward", "conv3x3_640_8_both"], 640, 8),
+    for (names, gradient, c, side) in [
+        (["conv3x3_320_64_forward", "conv3x3_320_64_both"], "conv3x3_320_64_input_grad", 320usize, 64usize),
+        (["conv3x3_320_16_forward", "conv3x3_320_16_both"], "conv3x3_320_16_input_grad", 320, 16),
+        (["conv3x3_640_8_forward", "conv3x3_640_8_both"], "conv3x3_640_8_input_grad", 640, 8),
     ] {
         let (x, w) = (normal(&[1, c, side, side])?, normal(&[c, c, 3, 3])?);
         let flops = (2 * 9 * c * c * side * side) as u64;
+        let (dy, frozen) = (x.clone(), w.clone());
+        cases.push(plain(gradient, Work::Flops(flops), move || kernel::conv2d_input_grad(&dy, &frozen, (side, side), 1, 1)));
         cases.extend(pair(names, [Work::Flops(flops), Work::Flops(2 * flops)], &[x], move |v| ops::conv2d(&v[0], &w, None, 1, 1))?);
     }
 

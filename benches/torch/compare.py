@@ -117,8 +117,10 @@ def main():
                 if a.what != "ops":
                     print(f"round {i + 1}  {p.name:18} {reply['seconds']:8.3f} s   others {foreign:.2f}", flush=True)
                 if p is sides[0]:
-                    rates = [f"{reply[k]:7.1f} {label}" for k, label in [("gflops", "GFLOP/s"), ("gbytes_per_s", "GB/s"), ("pictures_per_s", "pictures/s")] if k in reply]
+                    known = [("gflops", "GFLOP/s"), ("gbytes_per_s", "GB/s"), ("pictures_per_s", "pictures/s")]
+                    work = [(reply[k] * reply["seconds"] * scale, label) for k, label in known if k in reply]
         middle = {name: statistics.median(values) for name, values in times.items()}
+        rates = [f"{amount / middle['lokr']:7.1f} {label}" for amount, label in work]
         mine = middle.pop("lokr")
         # For the loader as people say it: how many times as fast.
         ratio = lambda s: f"{s / mine:.2f} times the throughput" if a.what == "loader" else f"ratio {mine / s:.2f}"

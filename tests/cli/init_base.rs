@@ -10,6 +10,9 @@ fn a_random_base_is_a_function_of_its_seed_and_can_be_trained() {
     assert!(ran.all().contains("wrote base.safetensors: 4928827 random parameters"), "{}", ran.all());
     make("0", "again.safetensors");
     make("1", "other.safetensors");
+    let ran = world.lokr(&["init-base", "--config", "tiny", "--seed", "0"]).good();
+    assert!(ran.all().contains("wrote random-tiny.safetensors"), "{}", ran.all());
+    assert_same_file(world.path("base.safetensors"), world.path("random-tiny.safetensors"));
     assert_same_file(world.path("base.safetensors"), world.path("again.safetensors"));
     let read = |name: &str| std::fs::read(world.path(name)).expect("written");
     assert_ne!(read("base.safetensors"), read("other.safetensors"));

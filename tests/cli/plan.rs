@@ -19,7 +19,7 @@ fn the_preset_of_kohaku_xl_delta_is_planned_before_the_model_is_there() {
     // Factor 2 for the feed-forwards: two factors of 2x2 and of half the sides, 60 times.
     let widest = ran.lines().find(|l| l.starts_with("unet") && l.contains("10240x1280")).unwrap_or_default();
     let words: Vec<&str> = widest.split_whitespace().collect();
-    assert_eq!(words[..6], ["unet", "60", "10240x1280", "2x2", "5120x640", "196,608,240"], "{ran}");
+    assert_eq!(words[..7], ["unet", "60", "2", "10240x1280", "2x2", "5120x640", "196,608,240"], "{ran}");
 }
 
 /// A recipe whose pictures and model are there: its own steps, its own largest batch, and the adapter that training makes.
@@ -53,7 +53,7 @@ fn a_plan_tells_what_training_finds() {
         let set = format!("network.forward={forward}");
         let listed = world.lokr(&[&args[..], &["--layers", "--set", &set]].concat()).good().all();
         assert!(listed.contains(&format!("network.forward = \"{forward}\"")), "{listed}");
-        let of = |path: &str| listed.lines().filter(|l| l.starts_with("unet") && l.split_whitespace().nth(6) == Some(path)).count();
+        let of = |path: &str| listed.lines().filter(|l| l.starts_with("unet") && l.split_whitespace().nth(7) == Some(path)).count();
         (of("merged"), of("factored"))
     };
     let (merged, factored) = (paths("merged"), paths("factored"));

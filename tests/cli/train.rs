@@ -235,10 +235,11 @@ fn the_number_of_threads_changes_no_bit() {
 fn gradient_checkpointing_changes_no_byte() {
     let (reference, _) = finished();
     let world = World::new("gradient-checkpointing");
-    for granularity in ["true", "layer"] {
-        world.train(&[&format!("train.gradient_checkpointing={granularity}"), &format!("output.dir={granularity}")]).good();
+    for (granularity, threads) in [("true", 1), ("layer", 1), ("true", 3), ("layer", 3)] {
+        let (key, run) = (format!("train.gradient_checkpointing={granularity}"), format!("{granularity}-{threads}"));
+        world.train(&[&key, &format!("train.threads={threads}"), &format!("output.dir={run}")]).good();
         for file in ["adapter.safetensors", "optimizer.safetensors", "state.json"] {
-            assert_same_file(checkpoint(&reference.run(), 7).join(file), checkpoint(&world.path(granularity), 7).join(file));
+            assert_same_file(checkpoint(&reference.run(), 7).join(file), checkpoint(&world.path(&run), 7).join(file));
         }
     }
 }

@@ -328,9 +328,9 @@ pub struct InitBase {
     /// Seed of the weights.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// File or folder to write.
+    /// File or folder to write; "random-" and the name of the shapes if not given.
     #[arg(long, value_name = "PATH")]
-    pub out: PathBuf,
+    pub out: Option<PathBuf>,
     /// Layout to write.
     #[arg(long, value_enum, default_value_t = Format::Single)]
     pub format: Format,

@@ -86,8 +86,10 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::InitBase(args) => {
             let diffusers = matches!(args.format, Format::Diffusers);
             let shapes = init_base::shapes(&args.config)?;
-            let parameters = in_pool(None, || init_base::init_base(&shapes, args.seed, &args.out, diffusers))?;
-            println!("wrote {}: {parameters} random parameters", args.out.display());
+            let end = if diffusers { "" } else { ".safetensors" };
+            let out = args.out.unwrap_or_else(|| format!("random-{}{end}", args.config).into());
+            let parameters = in_pool(None, || init_base::init_base(&shapes, args.seed, &out, diffusers))?;
+            println!("wrote {}: {parameters} random parameters", out.display());
         }
     }
     Ok(ExitCode::SUCCESS)

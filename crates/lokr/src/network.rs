@@ -83,7 +83,7 @@ impl LokrNetwork {
             let node = &tree.nodes[planned.node];
             let device = device(&node.leaf);
             let module = match planned.kind {
-                PlannedKind::Lokr { shape, use_scalar, bypass } => {
+                PlannedKind::Lokr { shape, use_scalar, bypass, .. } => {
                     let module = LokrModule::init(planned.name, shape, use_scalar, config.seed, index as u64, &device)?;
                     let path = config.path.or(bypass.then_some(Path::Factored));
                     Module::Lokr(module.with_multiplier(multiplier.clone()).with_path(path).into())

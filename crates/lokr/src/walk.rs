@@ -39,6 +39,8 @@ pub enum PlannedKind {
     Lokr {
         /// Tensors, scale and alpha.
         shape: LokrShape,
+        /// The factor that was asked for; the sides that it gave are the shape's a and b.
+        factor: i64,
         /// With the trainable number in front.
         use_scalar: bool,
         /// Always by the factored path.
@@ -213,7 +215,7 @@ impl<'a> Walk<'a> {
         };
         let use_scalar = o.use_scalar.unwrap_or(config.use_scalar);
         let bypass = o.bypass_mode.unwrap_or(config.bypass_mode);
-        Some(PlannedKind::Lokr { shape: LokrShape::new(layer, &options), use_scalar, bypass })
+        Some(PlannedKind::Lokr { shape: LokrShape::new(layer, &options), factor: options.factor, use_scalar, bypass })
     }
 
     fn class_table(&self, class: &str) -> Option<(Entry, &'a Overrides)> {

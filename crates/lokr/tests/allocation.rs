@@ -66,43 +66,55 @@ fn factor(shape: &[usize]) -> Result<Parameter> {
 /// Bytes that a product may hold beside its result: packed blocks of both operands (`ops`, gemm.rs), whatever the weight's size.
 const BLOCKS: usize = 1 << 20;
 
+/// Types in which a weight may be kept without being converted whole.
+const STORED: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// Convolutions of 512 channels on few pixels: 3x3, with stride, and 1x1 (the side of the kernel, stride, padding, pixels).
+const CONVOLUTIONS: [(usize, usize, usize, usize); 3] = [(3, 1, 1, 4), (3, 2, 1, 8), (1, 1, 0, 4)];
+
 #[test]
 fn a_frozen_linear_layer_allocates_nothing_of_its_weights_size() -> Result<()> {
     let _alone = alone();
-    let (weight, x) = (ones(&[1024, 1024])?, factor(&[4, 1024])?);
-    let bytes = largest(|| {
-        let y = ops::linear(&x.value(), &weight, None)?;
-        ops::backward(vec![(y.clone(), y.tensor().clone())])
-    })?;
-    assert!(bytes > 0 && bytes <= BLOCKS, "{bytes}");
-    assert!(x.grad().is_some());
+    for stored in STORED {
+        let (weight, x) = (ones(&[1024, 2048])?.to_dtype(stored)?, factor(&[4, 2048])?);
+        let bytes = largest(|| {
+            let y = ops::linear(&x.value(), &weight, None)?;
+            ops::backward(vec![(y.clone(), y.tensor().clone())])
+        })?;
+        assert!(bytes > 0 && bytes <= BLOCKS, "{stored:?}: {bytes}");
+        assert!(x.grad().is_some());
+    }
     Ok(())
 }
 
 #[test]
 fn a_frozen_convolution_allocates_nothing_of_its_weights_size() -> Result<()> {
     let _alone = alone();
-    let (weight, x) = (ones(&[512, 512, 3, 3])?, factor(&[1, 512, 4, 4])?);
-    let bytes = largest(|| {
-        let y = ops::conv2d(&x.value(), &weight, None, 1, 1)?;
-        ops::backward(vec![(y.clone(), y.tensor().clone())])
-    })?;
-    assert!(bytes > 0 && bytes <= BLOCKS, "{bytes}");
+    for (stored, (k, stride, padding, side)) in STORED.into_iter().flat_map(|stored| CONVOLUTIONS.map(|c| (stored, c))) {
+        // A 1x1 weight has a ninth of the elements, so it gets more channels.
+        let channels = if k == 1 { 2048 } else { 512 };
+        let (weight, x) = (ones(&[channels, channels, k, k])?.to_dtype(stored)?, factor(&[1, channels, side, side])?);
+        let bytes = largest(|| {
+            let y = ops::conv2d(&x.value(), &weight, None, stride, padding)?;
+            ops::backward(vec![(y.clone(), y.tensor().clone())])
+        })?;
+        assert!(bytes > 0 && bytes <= BLOCKS, "{stored:?} {k}x{k} stride {stride}: {bytes}");
+    }
     Ok(())
 }
 
 #[test]
 fn an_adapted_linear_layer_has_no_full_size_gradient() -> Result<()> {
     let _alone = alone();
-    for path in [Path::Merged, Path::Factored] {
+    for (stored, path) in STORED.into_iter().flat_map(|stored| [(stored, Path::Merged), (stored, Path::Factored)]) {
         for (a, b) in [(8, 8), (4, 8), (8, 4)] {
-            let (weight, x) = (ones(&[1024, 1024])?, factor(&[4, 1024])?);
-            let (w1, w2) = (factor(&[a, b])?, factor(&[1024 / a, 1024 / b])?);
+            let (weight, x) = (ones(&[1024, 2048])?.to_dtype(stored)?, factor(&[4, 2048])?);
+            let (w1, w2) = (factor(&[a, b])?, factor(&[1024 / a, 2048 / b])?);
             let bytes = largest(|| {
                 let y = lokr_linear(&x.value(), &weight, None, &w1.value(), &w2.value(), 0.5, Some(path))?;
                 ops::backward(vec![(y.clone(), y.tensor().clone())])
             })?;
-            assert!(bytes > 0 && bytes <= BLOCKS, "{path:?}: {bytes}");
+            assert!(bytes > 0 && bytes <= BLOCKS, "{stored:?} {path:?}: {bytes}");
             assert!(w1.grad().is_some() && w2.grad().is_some() && x.grad().is_some());
         }
     }
@@ -112,15 +124,34 @@ fn an_adapted_linear_layer_has_no_full_size_gradient() -> Result<()> {
 #[test]
 fn an_adapted_convolution_has_no_full_size_gradient() -> Result<()> {
     let _alone = alone();
-    for path in [Path::Merged, Path::Factored] {
-        let (weight, x) = (ones(&[512, 512, 3, 3])?, factor(&[1, 512, 4, 4])?);
-        let (w1, w2) = (factor(&[8, 8])?, factor(&[64, 64, 3, 3])?);
+    for (stored, path) in STORED.into_iter().flat_map(|stored| [(stored, Path::Merged), (stored, Path::Factored)]) {
+        for ((a, b), (k, stride, padding, side)) in [(8, 8), (4, 8), (8, 4)].into_iter().flat_map(|f| CONVOLUTIONS.map(|c| (f, c))) {
+            let channels = if k == 1 { 2048 } else { 512 };
+            let (weight, x) = (ones(&[channels, channels, k, k])?.to_dtype(stored)?, factor(&[1, channels, side, side])?);
+            let (w1, w2) = (factor(&[a, b])?, factor(&[channels / a, channels / b, k, k])?);
+            let bytes = largest(|| {
+                let y = lokr_conv2d(&x.value(), &weight, None, &w1.value(), &w2.value(), 0.5, (stride, padding), Some(path))?;
+                ops::backward(vec![(y.clone(), y.tensor().clone())])
+            })?;
+            // 9.4 MB would be a dW, 16.8 MB one of 1x1.
+            assert!(bytes > 0 && bytes <= BLOCKS, "{stored:?} {path:?} {a}x{b}, {k}x{k} stride {stride}: {bytes}");
+        }
+    }
+    Ok(())
+}
+
+/// Attention holds the scores of some queries: 2048 of them with as many keys would be 16.8 MB, and are held by no buffer.
+#[test]
+fn attention_has_no_score_matrix() -> Result<()> {
+    let _alone = alone();
+    for causal in [false, true] {
+        let [q, k, v] = [factor(&[1, 2048, 8])?, factor(&[1, 2048, 8])?, factor(&[1, 2048, 8])?];
         let bytes = largest(|| {
-            let y = lokr_conv2d(&x.value(), &weight, None, &w1.value(), &w2.value(), 0.5, (1, 1), Some(path))?;
+            let y = ops::attention(&q.value(), &k.value(), &v.value(), 1, causal)?;
             ops::backward(vec![(y.clone(), y.tensor().clone())])
         })?;
-        // 9.4 MB would be a dW.
-        assert!(bytes > 0 && bytes <= BLOCKS, "{path:?}: {bytes}");
+        let [of_one_thread, _] = ops::attention_buffers(2048, 1);
+        assert!(bytes > 0 && bytes <= of_one_thread.max(BLOCKS) && bytes < 4 << 20, "{bytes}");
     }
     Ok(())
 }

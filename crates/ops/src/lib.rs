@@ -46,7 +46,7 @@ mod weight;
 mod winograd;
 
 pub use activation::{geglu, gelu, quick_gelu, silu};
-pub use attention::attention;
+pub use attention::{attention, attention_buffers};
 pub use basic::{add, add_bias_nc, cat, gather_rows, matmul, mul_scalar, narrow, reshape, to_dtype, transpose, upsample_nearest};
 pub use candle_core::{Error, Result};
 pub use checkpoint::checkpoint;

@@ -131,7 +131,7 @@ fn frozen_conv() {
 fn a_narrow_weight_is_widened_for_the_call() {
     let w = randn(&[6, 10], 50).to_dtype(DType::F16).unwrap();
     let x = Value::constant(randn(&[4, 10], 1));
-    let wide = ops::linear(&x, &w.to_dtype(DType::F32).unwrap(), None).unwrap();
+    let wide = ops::linear(&x, w.to_dtype(DType::F32).unwrap(), None).unwrap();
     assert_eq!(flat(ops::linear(&x, &w, None).unwrap().tensor()), flat(wide.tensor()));
 }
 

@@ -139,7 +139,9 @@ fn nothing_overflows_on_the_way_in_f16() {
     // Norms of values whose squares and sums pass the limit.
     let large = (randn(&[2, 8, 10, 10], 1) * 10_000.0).unwrap();
     let (w, b) = (Value::constant(Tensor::ones(8, DType::F32, &Device::Cpu).unwrap()), Value::constant(randn(&[8], 2)));
-    finite("group norm", &ops::group_norm(&value(large), &w, &b, 4, 1e-5, true).unwrap());
+    finite("group norm", &ops::group_norm(&value(large.clone()), &w, &b, 4, 1e-5, true).unwrap());
+    let (w, b) = (Value::constant(Tensor::ones(10, DType::F32, &Device::Cpu).unwrap()), Value::constant(randn(&[10], 2)));
+    finite("layer norm", &ops::layer_norm(&value(large), &w, &b, 1e-5).unwrap());
     // Unscaled scores of 64 * 40 * 40 = 102,400.
     let q = (Tensor::ones((1, 3, 64), DType::F32, &Device::Cpu).unwrap() * 40.0).unwrap();
     let y = ops::attention(&value(q.clone()), &value(q), &value(randn(&[1, 3, 64], 3)), 1, false).unwrap();
@@ -149,6 +151,10 @@ fn nothing_overflows_on_the_way_in_f16() {
     for (a, b) in flat(y.tensor()).iter().zip(flat(&mean)) {
         assert!((a - b).abs() < 3.0 / 2048.0, "{a} {b}");
     }
+    // As many keys that f16, which counts to 2048 in ones, would not hold the sum of their shares, and values that all are one.
+    let ones = |t: usize| value(Tensor::ones((1, t, 8), DType::F32, &Device::Cpu).unwrap());
+    let y = ops::attention(&ones(2), &ones(6000), &ones(6000), 1, false).unwrap();
+    assert!(flat(y.tensor()).iter().all(|v| (v - 1.0).abs() <= 2.0 / 2048.0), "{:?}", flat(y.tensor()));
     // A gate of -60000 closes; exp(60000) on the way must not become a NaN.
     let gates = Tensor::from_vec(vec![100f32, 200.0, 300.0, -60_000.0, 0.0, 200.0], (1, 6), &Device::Cpu).unwrap();
     let y = ops::geglu(&value(gates.clone())).unwrap();

@@ -97,7 +97,7 @@ fn only_what_is_needed_is_recorded() {
 fn shapes_that_do_not_fit_are_refused() {
     let x = Value::constant(random(2, &[6, 20]));
     let (w1, w2) = (Value::constant(random(4, &[4, 5])), Value::constant(random(5, &[3, 4])));
-    let error = lokr_linear(&x, &random(1, &[12, 21]), None, &w1, &w2, 1.0, None).err().expect("refused");
+    let error = lokr_linear(&x, random(1, &[12, 21]), None, &w1, &w2, 1.0, None).err().expect("refused");
     assert!(error.to_string().contains("[12, 21]") && error.to_string().contains("[4, 5]"), "{error}");
 }
 

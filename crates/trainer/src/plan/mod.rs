@@ -180,13 +180,18 @@ fn layers(tree: &ModuleTree) -> HashMap<String, Layer> {
 }
 
 /// What the CPU's convolutions keep from call to call.
-fn kernel_buffers(unet: &ModuleTree, threads: Option<usize>) -> u64 {
+fn kernel_buffers(unet: &ModuleTree, threads: usize) -> u64 {
     let channels = |leaf: &Leaf| match leaf {
         Leaf::Conv2d(l) if l.weight.dims().last() == Some(&3) => l.weight.dims()[..2].iter().copied().max(),
         _ => None,
     };
     let widest = unet.nodes.iter().filter_map(|node| channels(&node.leaf)).max().unwrap_or(0);
-    ops::conv2d_buffers(widest, threads.unwrap_or_else(rayon::current_num_threads)) as u64
+    ops::conv2d_buffers(widest, threads) as u64
+}
+
+/// Threads that compute.
+fn threads(config: &RunConfig) -> usize {
+    config.train.threads.unwrap_or_else(rayon::current_num_threads)
 }
 
 /// Bytes of a network's frozen tensors.
@@ -268,7 +273,8 @@ impl Run<'_> {
 
     fn net(&self, meter: &Rc<Meter>, layers: HashMap<String, Layer>, compute: DType) -> Rc<Net> {
         let checkpointing = self.config.train.gradient_checkpointing;
-        Rc::new(Net { meter: meter.clone(), layers, compute, checkpointing, taken: RefCell::default() })
+        let threads = threads(self.config);
+        Rc::new(Net { meter: meter.clone(), layers, compute, checkpointing, threads, taken: RefCell::default() })
     }
 
     fn compute(&self) -> DType {
@@ -339,7 +345,7 @@ impl Run<'_> {
         let masters = 4 * sizes.iter().sum::<usize>() as u64;
         let optimizer = Optimizer::new(t.optimizer, self.config.hyper(), &sizes).state_bytes() as u64;
         let largest = 4 * sizes.iter().max().copied().unwrap_or(0) as u64;
-        let program = if self.device.is_cpu() { OVERHEAD + kernel_buffers(&sdxl.unet.tree, t.threads) } else { 0 };
+        let program = if self.device.is_cpu() { OVERHEAD + kernel_buffers(&sdxl.unet.tree, threads(self.config)) } else { 0 };
         let base = Memory { weights, masters, program, ..Memory::default() };
         // The state is made by the first update; a run of one step has none before it.
         let state = if timeline.is_some_and(|t| t.total_steps == 1) { 0 } else { optimizer };

@@ -12,8 +12,6 @@ use sdxl::config::{ClipConfig, UNetConfig, VaeConfig};
 
 use super::tape::{Back, Meter, V, Work, constant, op, segment};
 
-/// Query rows whose scores are in memory at a time, for each thread (`ops::attention`).
-const QUERIES: u64 = 112;
 /// Scores that the form by candle's ops has in memory at a time.
 const SCORES: u64 = 1 << 26;
 
@@ -47,6 +45,7 @@ pub(super) struct Net {
     /// The type of the activations.
     pub compute: DType,
     pub checkpointing: GradientCheckpointing,
+    pub threads: usize,
     /// The path that each adapted layer takes, with its rows.
     pub taken: RefCell<HashMap<String, (u64, Path)>>,
 }
@@ -170,7 +169,11 @@ impl Net {
         let forward = Work { macs: 2.0 * product, elements: elements + if m.composed { 6.0 * scores as f64 } else { 0.0 }, weights: 0.0 };
         let backward = Work { macs: 5.0 * product, elements: 2.0 * forward.elements, weights: 0.0 };
         m.work(forward);
-        let (mut saved, mut scratch) = (vec![q.buffer.clone(), k.buffer.clone(), v.buffer.clone()], 8 * QUERIES * tk * 2);
+        // Our kernel on the GPU has none.
+        let fast_on_cpu = !m.composed && m.element == 4;
+        let held = if fast_on_cpu { ops::attention_buffers(tk as usize, self.threads) } else { [0, 0] };
+        let [scores_forward, scores_backward] = held.map(|bytes| bytes as u64);
+        let (mut saved, mut scratch) = (vec![q.buffer.clone(), k.buffer.clone(), v.buffer.clone()], scores_backward);
         if m.composed {
             // Copies by head, and the scores of some queries in f32.
             saved = vec![m.buffer((q.elements + k.elements + v.elements) * m.element)];
@@ -178,7 +181,7 @@ impl Net {
             scratch = 4 * 4 * some;
             let _scores = m.buffer(3 * 4 * some);
         }
-        let (scratch_forward, rows) = (m.buffer(4 * QUERIES * tk * 2), m.buffer(4 * n * heads * tq));
+        let (scratch_forward, rows) = (m.buffer(scores_forward), m.buffer(4 * n * heads * tq));
         saved.push(rows);
         let out = m.buffer(q.elements * m.element);
         if !m.composed {

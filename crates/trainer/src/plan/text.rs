@@ -33,18 +33,18 @@ fn path(planned: &Planned) -> &'static str {
     }
 }
 
-/// The layer's shape, and those of its factors.
-fn shapes(planned: &Planned) -> [String; 3] {
+/// The preset's factor for the layer, the layer's shape, and those of its two factors.
+fn shapes(planned: &Planned) -> [String; 4] {
     let join = |dims: &[usize]| dims.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
     match &planned.module.kind {
-        PlannedKind::Norm(channels) => [channels.to_string(), "-".into(), "-".into()],
-        PlannedKind::Lokr { shape, .. } => {
+        PlannedKind::Norm(channels) => ["-".into(), channels.to_string(), "-".into(), "-".into()],
+        PlannedKind::Lokr { shape, factor, .. } => {
             let tensors = shape.tensors();
             let of = |w1: bool| {
                 let dims = tensors.iter().filter(|(f, _)| f.key().starts_with("lokr_w1") == w1).map(|(_, d)| join(d));
                 dims.collect::<Vec<_>>().join(" ")
             };
-            [join(&shape.layer.weight_dims()), of(true), of(false)]
+            [factor.to_string(), join(&shape.layer.weight_dims()), of(true), of(false)]
         }
     }
 }
@@ -76,26 +76,36 @@ impl Report<'_> {
             ForwardPath::Auto => writeln!(f, "forward: the faster path for each layer (network.forward = \"auto\")")?,
             forced => writeln!(f, "forward: {0} in every layer (network.forward = \"{0}\")", forced.name())?,
         }
-        writeln!(f, "{:<5} {:>6}  {:<16} {:<10} {:<18} {:>12}  path", "part", "layers", "weight", "w1", "w2", "parameters")?;
+        writeln!(
+            f,
+            "{:<5} {:>6} {:>6}  {:<16} {:<10} {:<18} {:>12}  path",
+            "part", "layers", "factor", "weight", "w1", "w2", "parameters"
+        )?;
         if self.layers {
             for p in &self.plan.modules {
-                let [weight, w1, w2] = shapes(p);
+                let [factor, weight, w1, w2] = shapes(p);
                 let part = part_name(p.module.group);
                 let parameters = thousands(p.parameters);
-                writeln!(f, "{part:<5} {:>6}  {weight:<16} {w1:<10} {w2:<18} {parameters:>12}  {:<8} {}", 1, path(p), p.module.path)?;
+                writeln!(
+                    f,
+                    "{part:<5} {:>6} {factor:>6}  {weight:<16} {w1:<10} {w2:<18} {parameters:>12}  {:<8} {}",
+                    1,
+                    path(p),
+                    p.module.path
+                )?;
             }
             return Ok(());
         }
-        let mut kinds: BTreeMap<(usize, [String; 3], &str), (usize, usize)> = BTreeMap::new();
+        let mut kinds: BTreeMap<(usize, [String; 4], &str), (usize, usize)> = BTreeMap::new();
         for p in &self.plan.modules {
             let sum = kinds.entry((p.module.group as usize, shapes(p), path(p))).or_default();
             *sum = (sum.0 + 1, sum.1 + p.parameters);
         }
         let mut kinds: Vec<_> = kinds.into_iter().collect();
         kinds.sort_by(|(a, x), (b, y)| (a.0, y.1, &a.1).cmp(&(b.0, x.1, &b.1)));
-        for ((group, [weight, w1, w2], path), (count, parameters)) in kinds {
+        for ((group, [factor, weight, w1, w2], path), (count, parameters)) in kinds {
             let part = lokr::ParameterGroup::ALL.into_iter().find(|g| *g as usize == group).map_or("", part_name);
-            writeln!(f, "{part:<5} {count:>6}  {weight:<16} {w1:<10} {w2:<18} {:>12}  {path}", thousands(parameters))?;
+            writeln!(f, "{part:<5} {count:>6} {factor:>6}  {weight:<16} {w1:<10} {w2:<18} {:>12}  {path}", thousands(parameters))?;
         }
         Ok(())
     }
