@@ -3,9 +3,10 @@
 use crate::basic::CHUNK;
 use crate::math::{erf, exp, sigmoid, simd};
 use crate::tape::{Value, custom};
-use crate::view::{F32, fast, grain, tensor};
+use crate::view::{F32, build, fast, grain, tensor};
 use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 #[inline(always)]
 fn silu_f(x: f32) -> f32 {
@@ -44,18 +45,20 @@ fn gelu_df(x: f32) -> f32 {
 fn map(x: &Tensor, f: impl Fn(f32) -> f32 + Sync) -> Result<Tensor> {
     let x = x.contiguous()?;
     let xv = F32::new(&x)?;
-    let mut out = vec![0f32; xv.len()];
-    out.par_chunks_mut(CHUNK).zip(xv.par_chunks(CHUNK)).for_each(|(o, x)| {
-        simd(
-            #[inline(always)]
-            || {
-                for (o, x) in o.iter_mut().zip(x) {
-                    *o = f(*x);
-                }
-            },
-        )
-    });
-    tensor(out, x.dims())
+    let write = |out: &mut [MaybeUninit<f32>]| {
+        out.par_chunks_mut(CHUNK).zip(xv.par_chunks(CHUNK)).for_each(|(o, x)| {
+            simd(
+                #[inline(always)]
+                || {
+                    for (o, x) in o.iter_mut().zip(x) {
+                        o.write(f(*x));
+                    }
+                },
+            )
+        });
+    };
+    // SAFETY: the input has the length of the result.
+    tensor(unsafe { build(xv.len(), write) }, x.dims())
 }
 
 /// `dy * df(x)`.
@@ -63,18 +66,21 @@ fn map(x: &Tensor, f: impl Fn(f32) -> f32 + Sync) -> Result<Tensor> {
 fn map_grad(x: &Tensor, dy: &Tensor, df: impl Fn(f32) -> f32 + Sync) -> Result<Tensor> {
     let (x, dy) = (x.contiguous()?, dy.contiguous()?);
     let (xv, dyv) = (F32::new(&x)?, F32::new(&dy)?);
-    let mut out = vec![0f32; xv.len()];
-    out.par_chunks_mut(CHUNK).zip(xv.par_chunks(CHUNK)).zip(dyv.par_chunks(CHUNK)).for_each(|((o, x), dy)| {
-        simd(
-            #[inline(always)]
-            || {
-                for ((o, x), dy) in o.iter_mut().zip(x).zip(dy) {
-                    *o = dy * df(*x);
-                }
-            },
-        )
-    });
-    tensor(out, x.dims())
+    assert_eq!(xv.len(), dyv.len());
+    let write = |out: &mut [MaybeUninit<f32>]| {
+        out.par_chunks_mut(CHUNK).zip(xv.par_chunks(CHUNK)).zip(dyv.par_chunks(CHUNK)).for_each(|((o, x), dy)| {
+            simd(
+                #[inline(always)]
+                || {
+                    for ((o, x), dy) in o.iter_mut().zip(x).zip(dy) {
+                        o.write(dy * df(*x));
+                    }
+                },
+            )
+        });
+    };
+    // SAFETY: both have the length of the result.
+    tensor(unsafe { build(xv.len(), write) }, x.dims())
 }
 
 /// The composed forms: (f(x), f'(x)) of candle ops, in f32.
@@ -182,19 +188,21 @@ pub fn geglu(x: &Value) -> Result<Value> {
     }
     let out = if fast(&t) {
         let xv = F32::new(&t)?;
-        let mut out = vec![0f32; xv.len() / 2];
-        out.par_chunks_mut(d).zip(xv.par_chunks(2 * d)).with_min_len(grain(16 * d)).for_each(|(o, x)| {
-            let (h, gate) = x.split_at(d);
-            simd(
-                #[inline(always)]
-                || {
-                    for ((o, h), g) in o.iter_mut().zip(h).zip(gate) {
-                        *o = h * gelu_f(*g);
-                    }
-                },
-            )
-        });
-        tensor(out, shape.as_slice())?
+        let write = |out: &mut [MaybeUninit<f32>]| {
+            out.par_chunks_mut(d).zip(xv.par_chunks(2 * d)).with_min_len(grain(16 * d)).for_each(|(o, x)| {
+                let (h, gate) = x.split_at(d);
+                simd(
+                    #[inline(always)]
+                    || {
+                        for ((o, h), g) in o.iter_mut().zip(h).zip(gate) {
+                            o.write(h * gelu_f(*g));
+                        }
+                    },
+                )
+            });
+        };
+        // SAFETY: each row of 2 d gives one of d.
+        tensor(unsafe { build(xv.len() / 2, write) }, shape.as_slice())?
     } else {
         // The product is formed in f32 and rounded once.
         let (h, gate) = (t.narrow(D::Minus1, 0, d)?.to_dtype(candle_core::DType::F32)?, t.narrow(D::Minus1, d, d)?);
@@ -204,22 +212,26 @@ pub fn geglu(x: &Value) -> Result<Value> {
         if fast(&t) {
             let dy = dy.contiguous()?;
             let (xv, dyv) = (F32::new(&t)?, F32::new(&dy)?);
-            let mut dx = vec![0f32; xv.len()];
-            dx.par_chunks_mut(2 * d).zip(xv.par_chunks(2 * d)).zip(dyv.par_chunks(d)).with_min_len(grain(24 * d)).for_each(
-                |((dx, x), dy)| {
-                    let (h, gate) = x.split_at(d);
-                    let (dh, dgate) = dx.split_at_mut(d);
-                    simd(
-                        #[inline(always)]
-                        || {
-                            for i in 0..d {
-                                dh[i] = dy[i] * gelu_f(gate[i]);
-                                dgate[i] = dy[i] * h[i] * gelu_df(gate[i]);
-                            }
-                        },
-                    )
-                },
-            );
+            assert_eq!(xv.len(), 2 * dyv.len());
+            let write = |dx: &mut [MaybeUninit<f32>]| {
+                dx.par_chunks_mut(2 * d).zip(xv.par_chunks(2 * d)).zip(dyv.par_chunks(d)).with_min_len(grain(24 * d)).for_each(
+                    |((dx, x), dy)| {
+                        let (h, gate) = x.split_at(d);
+                        let (dh, dgate) = dx.split_at_mut(d);
+                        simd(
+                            #[inline(always)]
+                            || {
+                                for i in 0..d {
+                                    dh[i].write(dy[i] * gelu_f(gate[i]));
+                                    dgate[i].write(dy[i] * h[i] * gelu_df(gate[i]));
+                                }
+                            },
+                        )
+                    },
+                );
+            };
+            // SAFETY: each row of d gives one of 2 d.
+            let dx = unsafe { build(xv.len(), write) };
             return Ok(vec![Some(tensor(dx, t.dims())?)]);
         }
         let (h, gate) = (t.narrow(D::Minus1, 0, d)?, t.narrow(D::Minus1, d, d)?);

@@ -1,63 +1,85 @@
 //! Asking for memory before it is read. A layer's weight comes from main memory, and no CPU guesses where the next block of a matrix begins; the
-//! micro-kernels ask for it while they compute, on x86.
+//! micro-kernels ask for it while they compute, one cache line with each step, on x86.
 
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 
-/// Cache lines that are asked for in a row, one with each step of a micro-kernel.
-pub(crate) const RUN: usize = 64;
-
 /// A cache line.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
-/// Memory that will be read next: rows of so many runs, some bytes apart.
+/// Memory that will be read next: rows of so many cache lines, some bytes apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Ahead {
-    row: *const i8,
-    stride: usize,
-    /// Runs in a row, and which one comes next.
-    runs: usize,
-    run: usize,
-    /// Rows that are left.
-    rows: usize,
+    next: Lines,
+    /// Lines that are left, of all rows.
+    left: usize,
 }
 
-impl Ahead {
-    /// Nothing.
-    pub(crate) fn none() -> Self {
-        Self { row: std::ptr::null(), stride: 0, runs: 0, run: 0, rows: 0 }
-    }
+/// One cache line after the other, row by row, without end.
+#[derive(Clone, Copy)]
+pub(crate) struct Lines {
+    /// Address of the next line.
+    pub at: usize,
+    /// Lines that are left of its row, that one included, and lines in a row.
+    pub left: usize,
+    pub row: usize,
+    /// From the line behind a row's last one to the next row.
+    pub turn: usize,
+}
 
-    /// `rows` rows of `len` elements, `stride` elements apart.
-    pub(crate) fn rows<T>(first: *const T, rows: usize, len: usize, stride: usize) -> Self {
-        let runs = (len * size_of::<T>()).div_ceil(LINE * RUN);
-        Self { row: first.cast(), stride: stride * size_of::<T>(), runs, run: 0, rows: if runs == 0 { 0 } else { rows } }
-    }
-
-    /// Whether everything was asked for.
-    pub(crate) fn done(&self) -> bool {
-        self.rows == 0
-    }
-
-    /// Where the next run starts; `used` if there is none, a place of the program's memory (asking for others takes long).
+impl Lines {
+    /// The address of the next line.
     #[inline(always)]
-    pub(crate) fn next_run(&mut self, used: *const f32) -> *const i8 {
-        if self.rows == 0 {
-            return used.cast();
-        }
-        let at = self.row.wrapping_add(self.run * LINE * RUN);
-        self.run += 1;
-        if self.run == self.runs {
-            (self.run, self.row, self.rows) = (0, self.row.wrapping_add(self.stride), self.rows - 1);
+    pub(crate) fn next(&mut self) -> usize {
+        let at = self.at;
+        (self.at, self.left) = (at.wrapping_add(LINE), self.left - 1);
+        if self.left == 0 {
+            (self.at, self.left) = (self.at.wrapping_add(self.turn), self.row);
         }
         at
     }
 }
 
-/// Asks for line `i` of a run. Not the intrinsic: for the compiler that touches memory, and it would keep a tile's sums there.
+impl Ahead {
+    /// Nothing.
+    pub(crate) fn none() -> Self {
+        Self { next: Lines { at: 0, left: 1, row: 1, turn: 0 }, left: 0 }
+    }
+
+    /// `rows` rows of `len` elements, `stride` elements apart.
+    pub(crate) fn rows<T>(first: *const T, rows: usize, len: usize, stride: usize) -> Self {
+        if len == 0 {
+            return Self::none();
+        }
+        let (start, len, stride) = (first.addr(), len * size_of::<T>(), stride * size_of::<T>());
+        let row = (start % LINE + len).div_ceil(LINE);
+        Self { next: Lines { at: start, left: row, row, turn: stride.wrapping_sub(row * LINE) }, left: rows * row }
+    }
+
+    /// Whether everything was asked for.
+    pub(crate) fn done(&self) -> bool {
+        self.left == 0
+    }
+
+    /// The lines for some steps, which may go a little beyond the end. If there is none, those from `used` on, a place that the tile reads:
+    /// asking for memory that the program has not takes long.
+    #[inline(always)]
+    pub(crate) fn lines(&self, used: *const f32) -> Lines {
+        if self.done() { Lines { at: used.addr(), left: 1, row: 1, turn: 0 } } else { self.next }
+    }
+
+    /// Goes on behind `steps` of these lines.
+    #[inline(always)]
+    pub(crate) fn took(&mut self, lines: Lines, steps: usize) {
+        self.left = self.left.saturating_sub(steps);
+        self.next = lines;
+    }
+}
+
+/// Asks for the next line. Not the intrinsic: for the compiler that touches memory, and it would keep a tile's sums there.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(crate) fn ask(run: *const i8, i: usize) {
-    let line = run.addr().wrapping_add(i * LINE);
+pub(crate) fn ask(lines: &mut Lines) {
+    let line = lines.next();
     // SAFETY: a prefetch may name any address, and changes nothing that a program sees.
     unsafe { std::arch::asm!("prefetcht1 [{}]", in(reg) line, options(nomem, nostack, preserves_flags)) };
 }
@@ -67,15 +89,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_go_row_by_row_and_end() {
-        let place = |at: *const i8, base: *const f32| at.addr() - base.addr();
-        let data = [0f32; 1];
-        let (base, other) = (data.as_ptr(), std::ptr::null());
-        // Rows of 1,500 numbers are 6,000 bytes: two runs of 4 KiB.
-        let mut ahead = Ahead::rows(base, 2, 1500, 2000);
-        let at: Vec<usize> = (0..4).map(|_| place(ahead.next_run(other), base)).collect();
-        assert_eq!(at, [0, 4096, 8000, 12096]);
-        assert!(ahead.done() && ahead.next_run(other).is_null());
-        assert!(Ahead::rows(base, 3, 0, 8).done(), "rows of nothing");
+    fn lines_go_row_by_row_and_end() {
+        let base = std::ptr::without_provenance::<f32>(4096 + 32);
+        // Rows of 40 numbers are 160 bytes, which from the middle of a line on reach into a third one; the next begins 800 bytes on.
+        let mut ahead = Ahead::rows(base, 2, 40, 200);
+        let mut asked = Vec::new();
+        for steps in [2, 4] {
+            let mut lines = ahead.lines(base);
+            asked.extend((0..steps).map(|_| lines.next() - 4096));
+            ahead.took(lines, steps);
+        }
+        assert_eq!(asked, [32, 96, 160, 832, 896, 960]);
+        assert!(ahead.done() && Ahead::rows(base, 3, 0, 8).done(), "the end, and rows of nothing");
+        let mut lines = ahead.lines(base);
+        assert_eq!([lines.next(), lines.next()], [4128, 4192], "what is used anyway");
     }
 }

@@ -1,10 +1,17 @@
-//! The micro-kernel for AVX2 and FMA, and how its operands are packed. The left operand may also be read where it lies, if its lines
-//! go along k: each of a tile's rows is a stream of its own, and nothing is copied.
+//! The micro-kernel for AVX2 and FMA, its steps in assembly as those of `avx512.rs`, and how its operands are packed. The left operand may
+//! also be read where it lies, if its lines go along k: each of a tile's rows is a stream of its own, and nothing is copied.
 
-use crate::ahead::{Ahead, RUN, ask};
+use crate::ahead::{Ahead, Lines};
 use crate::pack::Strip;
 use crate::tile::{Left, Start, Tile};
+use std::arch::asm;
 use std::arch::x86_64::*;
+
+/// Rows of a full tile.
+const ROWS: usize = 6;
+
+/// The sums of a tile, two vectors for each row.
+type Sums = [[__m256; 2]; ROWS];
 
 /// One tile, see [`crate::tile::tile`].
 ///
@@ -15,12 +22,10 @@ pub(crate) unsafe fn dispatch(t: Tile, a: *const f32, b: *const f32, c: *mut f32
         ($($m:literal)*) => {
             // SAFETY: the caller's promises.
             unsafe {
-                match (t.rows, t.lanes, t.left) {
+                match (t.rows, t.lanes) {
                     $(
-                        ($m, 16, Left::Packed(width)) => run::<$m, 2, true>(t, width, a, b, c, ahead),
-                        ($m, _, Left::Packed(width)) => run::<$m, 1, true>(t, width, a, b, c, ahead),
-                        ($m, 16, Left::Lines(line)) => run::<$m, 2, false>(t, line, a, b, c, ahead),
-                        ($m, _, Left::Lines(line)) => run::<$m, 1, false>(t, line, a, b, c, ahead),
+                        ($m, 16) => run::<$m, 2>(t, a, b, c, ahead),
+                        ($m, _) => run::<$m, 1>(t, a, b, c, ahead),
                     )*
                     _ => unreachable!("a tile of {} rows", t.rows),
                 }
@@ -30,56 +35,145 @@ pub(crate) unsafe fn dispatch(t: Tile, a: *const f32, b: *const f32, c: *mut f32
     by_rows!(1 2 3 4 5 6)
 }
 
-/// `PACKED`: the left operand lies k by k, `apart` from one to the next; else in `M` lines, so far apart.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn run<const M: usize, const V: usize, const PACKED: bool>(
-    t: Tile,
-    apart: usize,
-    mut a: *const f32,
-    mut b: *const f32,
-    c: *mut f32,
-    ahead: &mut Ahead,
-) {
-    let mut sums = [[_mm256_setzero_ps(); V]; M];
+unsafe fn run<const M: usize, const V: usize>(t: Tile, a: *const f32, b: *const f32, c: *mut f32, ahead: &mut Ahead) {
+    let mut lines = ahead.lines(b);
     // SAFETY: the promises of `tile`.
     unsafe {
-        for from in (0..t.steps).step_by(RUN) {
-            let lines = ahead.next_run(b);
-            for i in 0..RUN.min(t.steps - from) {
-                ask(lines, i);
-                let mut bs = [_mm256_setzero_ps(); V];
-                for (v, x) in bs.iter_mut().enumerate() {
-                    *x = _mm256_loadu_ps(b.add(8 * v));
-                }
-                // Rows by number, so that the compiler sees at once that no sum needs a place in memory.
-                macro_rules! rows {
-                    ($($i:literal)*) => {$(
-                        if $i < M {
-                            let x = _mm256_broadcast_ss(&*a.add(if PACKED { $i } else { $i * apart }));
-                            sums[$i % M][0] = _mm256_fmadd_ps(x, bs[0], sums[$i % M][0]);
-                            if V > 1 {
-                                sums[$i % M][V - 1] = _mm256_fmadd_ps(x, bs[V - 1], sums[$i % M][V - 1]);
-                            }
-                        }
-                    )*};
-                }
-                rows!(0 1 2 3 4 5);
-                a = a.add(if PACKED { apart } else { 1 });
-                b = b.add(8 * V);
-            }
-        }
-        // A copy, so that the sums themselves never need one: the compiler would write them there in every step.
-        let done = sums;
-        if t.turned { store_turned::<M, V>(t, &done, c) } else { store::<M, V>(t, &done, c) }
+        let sums = match t.left {
+            Left::Packed(width) => packed::<M, V>(t.steps, a, width, b, &mut lines),
+            Left::Lines(apart) => in_lines::<M, V>(t.steps, a, apart, b, &mut lines),
+        };
+        ahead.took(lines, t.steps);
+        if t.turned { store_turned::<M, V>(t, &sums, c) } else { store::<M, V>(t, &sums, c) }
+    }
+}
+
+/// The sum of row `$i` takes the product of its number at `$at` with both vectors of the right operand.
+macro_rules! row {
+    ($i:literal, $low:literal, $high:literal, $at:literal) => {
+        concat!(
+            ".if {m} > ",
+            $i,
+            "\n",
+            "vbroadcastss ymm14, dword ptr [",
+            $at,
+            "]\n",
+            "vfmadd231ps ",
+            $low,
+            ", ymm14, ymm12\n",
+            ".if {v} > 1\n",
+            "vfmadd231ps ",
+            $high,
+            ", ymm14, ymm13\n",
+            ".endif\n",
+            ".endif"
+        )
+    };
+}
+
+/// The steps of a tile, as in `avx512.rs`.
+macro_rules! steps {
+    ([$($rows:expr),*], [$($on:literal),*], $steps:expr, $b:expr, $lines:expr, $($operands:tt)*) => {{
+        let mut sums: Sums = [[_mm256_setzero_ps(); 2]; ROWS];
+        asm!(
+            "vxorps ymm0, ymm0, ymm0", "vxorps ymm1, ymm1, ymm1", "vxorps ymm2, ymm2, ymm2", "vxorps ymm3, ymm3, ymm3",
+            "vxorps ymm4, ymm4, ymm4", "vxorps ymm5, ymm5, ymm5", "vxorps ymm6, ymm6, ymm6", "vxorps ymm7, ymm7, ymm7",
+            "vxorps ymm8, ymm8, ymm8", "vxorps ymm9, ymm9, ymm9", "vxorps ymm10, ymm10, ymm10", "vxorps ymm11, ymm11, ymm11",
+            "test {n}, {n}",
+            "jz 3f",
+            ".p2align 5",
+            "2:",
+            "prefetcht1 [{at}]",
+            "vmovups ymm12, ymmword ptr [{b}]",
+            ".if {v} > 1",
+            "vmovups ymm13, ymmword ptr [{b} + 32]",
+            ".endif",
+            $($rows,)*
+            $($on,)*
+            "add {b}, 32 * {v}",
+            "xor {t:e}, {t:e}",
+            "dec {left}",
+            "cmovz {t}, {turn}",
+            "cmovz {left}, {row}",
+            "lea {at}, [{at} + {t} + 64]",
+            "dec {n}",
+            "jnz 2b",
+            "3:",
+            m = const M,
+            v = const V,
+            n = inout(reg) $steps => _,
+            b = inout(reg) $b => _,
+            at = inout(reg) $lines.at,
+            left = inout(reg) $lines.left,
+            row = in(reg) $lines.row,
+            turn = in(reg) $lines.turn,
+            t = out(reg) _,
+            $($operands)*
+            out("ymm0") sums[0][0], out("ymm1") sums[0][1], out("ymm2") sums[1][0], out("ymm3") sums[1][1],
+            out("ymm4") sums[2][0], out("ymm5") sums[2][1], out("ymm6") sums[3][0], out("ymm7") sums[3][1],
+            out("ymm8") sums[4][0], out("ymm9") sums[4][1], out("ymm10") sums[5][0], out("ymm11") sums[5][1],
+            out("ymm12") _, out("ymm13") _, out("ymm14") _,
+            options(nostack, readonly),
+        );
+        sums
+    }};
+}
+
+/// The sums with a left operand that lies k by k, `width` numbers from one to the next.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+unsafe fn packed<const M: usize, const V: usize>(steps: usize, a: *const f32, width: usize, b: *const f32, lines: &mut Lines) -> Sums {
+    // SAFETY: the promises of `tile`: M numbers of `a` and V vectors of `b` in each step. Registers that change are named, memory is only read.
+    unsafe {
+        steps!(
+            [
+                row!(0, "ymm0", "ymm1", "{a} + 0"),
+                row!(1, "ymm2", "ymm3", "{a} + 4"),
+                row!(2, "ymm4", "ymm5", "{a} + 8"),
+                row!(3, "ymm6", "ymm7", "{a} + 12"),
+                row!(4, "ymm8", "ymm9", "{a} + 16"),
+                row!(5, "ymm10", "ymm11", "{a} + 20")
+            ],
+            ["add {a}, {apart}"],
+            steps, b, lines,
+            a = inout(reg) a => _,
+            apart = in(reg) 4 * width,
+        )
+    }
+}
+
+/// The sums with a left operand in lines along k, `apart` numbers from one to the next.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+unsafe fn in_lines<const M: usize, const V: usize>(steps: usize, a: *const f32, apart: usize, b: *const f32, lines: &mut Lines) -> Sums {
+    // SAFETY: the promises of `tile`: M lines of `a`, as many numbers long as there are steps, and V vectors of `b` in each. Pointers to rows
+    // that are not there are not read. Registers that change are named, memory is only read.
+    unsafe {
+        steps!(
+            [
+                row!(0, "ymm0", "ymm1", "{a}"),
+                row!(1, "ymm2", "ymm3", "{a} + {apart}"),
+                row!(2, "ymm4", "ymm5", "{a} + 2*{apart}"),
+                row!(3, "ymm6", "ymm7", "{a3}"),
+                row!(4, "ymm8", "ymm9", "{a} + 4*{apart}"),
+                row!(5, "ymm10", "ymm11", "{a3} + 2*{apart}")
+            ],
+            ["add {a}, 4", "add {a3}, 4"],
+            steps, b, lines,
+            a = inout(reg) a => _,
+            a3 = inout(reg) a.wrapping_add(3 * apart) => _,
+            apart = in(reg) 4 * apart,
+        )
     }
 }
 
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-unsafe fn store<const M: usize, const V: usize>(t: Tile, sums: &[[__m256; V]; M], c: *mut f32) {
+unsafe fn store<const M: usize, const V: usize>(t: Tile, sums: &Sums, c: *mut f32) {
     let scale = _mm256_set1_ps(t.scale);
-    for (i, sums) in sums.iter().enumerate() {
-        for (v, s) in sums.iter().enumerate() {
+    for (i, sums) in sums.iter().enumerate().take(M) {
+        for (v, s) in sums.iter().enumerate().take(V) {
             let left = t.columns.saturating_sub(8 * v);
             if left == 0 {
                 continue;
@@ -102,11 +196,11 @@ unsafe fn store<const M: usize, const V: usize>(t: Tile, sums: &[[__m256; V]; M]
 /// The tile's rows become columns: element (i, j) goes to `j * rs + i`.
 #[target_feature(enable = "avx2,fma")]
 #[inline]
-unsafe fn store_turned<const M: usize, const V: usize>(t: Tile, sums: &[[__m256; V]; M], c: *mut f32) {
+unsafe fn store_turned<const M: usize, const V: usize>(t: Tile, sums: &Sums, c: *mut f32) {
     let scale = _mm256_set1_ps(t.scale);
     for v in 0..V {
         let mut r = [_mm256_setzero_ps(); 8];
-        for (r, s) in r.iter_mut().zip(sums) {
+        for (r, s) in r.iter_mut().zip(&sums[..M]) {
             *r = s[v];
         }
         let r = turn(r);

@@ -66,9 +66,10 @@ pub fn conv2d_forward<'a>(
         let taps = |rows: Strip, (k0, kc): (usize, usize), out: &mut [f32], scratch: &mut Vec<f32>| {
             pack(kernel, Side::Left, &a, std::iter::once(rows), 0, (9 * k0, 9 * kc), out, scratch);
         };
+        let ahead = |rows, (k0, kc)| lines.ahead(rows, (9 * k0, 9 * kc));
         // SAFETY: `y` is borrowed exclusively, and every element is written.
         unsafe {
-            winograd.run(&xv, &taps, bias.as_deref(), out);
+            winograd.run(&xv, (&taps, &ahead), bias.as_deref(), out);
             y.set_len(g.n * o * pixels);
         }
         return tensor(y, (g.n, o, g.oh, g.ow));
@@ -170,7 +171,7 @@ pub fn conv2d_input_grad<'a>(
     conv2d_forward(&wide, &flipped, None, 1, kh - 1 - padding)
 }
 
-fn input_grad(dy: &Tensor, weight: &Weight, delta: Option<Delta>, o: usize, g: Geometry) -> Result<Tensor> {
+fn input_grad(dy: &Tensor, weight: &Weight, delta: Option<Delta<'_>>, o: usize, g: Geometry) -> Result<Tensor> {
     let held = Held::new(weight, delta)?;
     let (dyv, lines) = (F32::new(dy)?, held.lines()?);
     let (pixels, plane, taps, depth) = (g.pixels(), g.h * g.w, g.kh * g.kw, g.depth());
@@ -192,9 +193,10 @@ fn input_grad(dy: &Tensor, weight: &Weight, delta: Option<Delta>, o: usize, g: G
                 strided(kernel, line, 9, 1, Strip { start: 0, ..rows }, 9, &mut to[9 * k * rows.width..]);
             }
         };
+        let ahead = |(first, rows), k| lines.ahead(k, (9 * first, 9 * rows));
         // SAFETY: `dx` is borrowed exclusively, and every element is written.
         unsafe {
-            Winograd { flipped: true, ..winograd }.run(&dyv, &taps, None, out);
+            Winograd { flipped: true, ..winograd }.run(&dyv, (&taps, &ahead), None, out);
             dx.set_len(g.n * g.c * plane);
         }
         return tensor(dx, (g.n, g.c, g.h, g.w));

@@ -20,7 +20,10 @@ mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod basic;
+mod capability;
 mod checkpoint;
 mod conv;
 #[cfg(feature = "cuda")]
@@ -49,6 +52,7 @@ pub use activation::{geglu, gelu, quick_gelu, silu};
 pub use attention::{attention, attention_buffers};
 pub use basic::{add, add_bias_nc, cat, gather_rows, matmul, mul_scalar, narrow, reshape, to_dtype, transpose, upsample_nearest};
 pub use candle_core::{Error, Result};
+pub use capability::{CPU_CAPABILITY, check_cpu_capability};
 pub use checkpoint::checkpoint;
 pub use conv::conv2d;
 #[cfg(feature = "cuda")]
@@ -60,7 +64,7 @@ pub use gemm::with_bf16;
 pub use linear::{linear, widen};
 pub use mapped::{Mapped, Weight};
 pub use norm::{group_norm, layer_norm};
-pub use pool::awake;
+pub use pool::{awake, keep_freed_memory};
 pub use staging::Staging;
 pub use tape::{OnGradient, Parameter, Value, backward, backward_with, custom, no_grad, recording};
 pub use tile::has_bf16;

@@ -1,9 +1,9 @@
 //! Elementary functions in f32 that the compiler can vectorise, and loops compiled for the CPU that runs them.
 
-/// Runs `f` compiled for the widest vectors this CPU has. What `f` calls must be `#[inline(always)]`.
+/// Runs `f` compiled for the widest vectors that are used. What `f` calls must be `#[inline(always)]`.
 #[inline(always)]
 pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+    crate::capability::arch().dispatch(f)
 }
 
 /// e^x; relative error under 2e-7, 0 or infinity never reached (clamped to [-87.3, 88.7]).

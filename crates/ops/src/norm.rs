@@ -120,11 +120,11 @@ pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f
     Ok(custom("group_norm", &[x, weight, bias], out, move |dy| {
         let dy = dy.contiguous()?;
         let (xv, wv, bv, dyv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&b_t)?, F32::new(&dy)?);
-        let mut dx = vec![0f32; if need_x { xv.len() } else { 0 }];
+        let mut dx = Vec::new();
         // Per (n, c): sum of dz and of dz * xhat.
         let mut sums = vec![(0f32, 0f32); n * c];
         let size = per * plane;
-        let dx_at = SharedMut::new(&mut dx);
+        let dx_at = SharedMut::for_vec(&mut dx, if need_x { xv.len() } else { 0 });
         sums.par_chunks_mut(per).enumerate().with_min_len(grain(12 * size)).for_each(|(i, sums)| {
             let (mean, rstd) = stats[i];
             let first = i % groups * per;
@@ -133,40 +133,55 @@ pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f
             simd(
                 #[inline(always)]
                 || {
-                    let mut dz = vec![0f32; if with_silu { size } else { 0 }];
+                    // The gradient before SiLU is kept where the input's will stand, which takes its place number by number.
+                    let mut spare = Vec::new();
+                    let own = match need_x {
+                        // SAFETY: each task writes its own group of `dx`, which outlives the loop.
+                        true => unsafe { dx_at.room(i * size, size) },
+                        false => {
+                            spare.reserve_exact(if with_silu { size } else { 0 });
+                            spare.spare_capacity_mut()
+                        }
+                    };
                     if with_silu {
                         for k in 0..per {
                             let scale = wv[first + k] * rstd;
                             let shift = bv[first + k] - mean * scale;
                             let range = k * plane..(k + 1) * plane;
-                            for ((d, x), dy) in dz[range.clone()].iter_mut().zip(&x[range.clone()]).zip(&dy[range]) {
-                                *d = dy * silu_df(x * scale + shift);
+                            for ((d, x), dy) in own[range.clone()].iter_mut().zip(&x[range.clone()]).zip(&dy[range]) {
+                                d.write(dy * silu_df(x * scale + shift));
                             }
                         }
+                    } else if need_x {
+                        own.write_copy_of_slice(dy);
                     }
-                    let dz: &[f32] = if with_silu { &dz } else { dy };
+                    // SAFETY: all of it was written, or none is read.
+                    let own = if with_silu || need_x { unsafe { own[..size].assume_init_mut() } } else { &mut [] };
                     let (mut s1, mut s2) = (0f32, 0f32);
                     for (k, sum) in sums.iter_mut().enumerate() {
                         let range = k * plane..(k + 1) * plane;
-                        *sum = dot2(&dz[range.clone()], &x[range], mean, rstd);
+                        let dz = if with_silu { &own[range.clone()] } else { &dy[range.clone()] };
+                        *sum = dot2(dz, &x[range], mean, rstd);
                         s1 += wv[first + k] * sum.0;
                         s2 += wv[first + k] * sum.1;
                     }
                     if need_x {
                         let (m1, m2) = (s1 / size as f32, s2 / size as f32);
-                        // SAFETY: each task writes its own group of `dx`, which outlives the loop.
-                        let dx = unsafe { dx_at.at(i * size, size) };
                         for k in 0..per {
                             let w = wv[first + k];
                             let range = k * plane..(k + 1) * plane;
-                            for ((dx, dz), x) in dx[range.clone()].iter_mut().zip(&dz[range.clone()]).zip(&x[range]) {
-                                *dx = rstd * (w * dz - m1 - (x - mean) * rstd * m2);
+                            for (d, x) in own[range.clone()].iter_mut().zip(&x[range]) {
+                                *d = rstd * (w * *d - m1 - (x - mean) * rstd * m2);
                             }
                         }
                     }
                 },
             )
         });
+        if need_x {
+            // SAFETY: the groups tile it.
+            unsafe { dx.set_len(xv.len()) };
+        }
         let channel = |pick: fn(&(f32, f32)) -> f32| -> Result<Tensor> {
             let mut total = vec![0f32; c];
             for row in sums.chunks_exact(c) {
@@ -281,10 +296,11 @@ pub fn layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<V
         let dy = dy.contiguous()?;
         let (xv, wv, dyv) = (F32::new(&x_t)?, F32::new(&w_t)?, F32::new(&dy)?);
         let wv: &[f32] = &wv;
-        let mut dx = vec![0f32; xv.len()];
+        assert_eq!(xv.len(), dyv.len());
+        let mut dx = Vec::with_capacity(xv.len());
         let trained = need_w || need_b;
         // Each task's share of (dw, db), added up in order afterwards.
-        let shares: Vec<(Vec<f32>, Vec<f32>)> = dx
+        let shares: Vec<(Vec<f32>, Vec<f32>)> = dx.spare_capacity_mut()[..xv.len()]
             .par_chunks_mut(ROWS * d)
             .zip(xv.par_chunks(ROWS * d))
             .zip(dyv.par_chunks(ROWS * d))
@@ -304,7 +320,7 @@ pub fn layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<V
                             let (s1, s2) = dot2(&dxhat, x, mean, rstd);
                             let (m1, m2) = (s1 / d as f32, s2 / d as f32);
                             for ((dx, g), x) in dx.iter_mut().zip(&dxhat).zip(x) {
-                                *dx = rstd * (g - m1 - (x - mean) * rstd * m2);
+                                dx.write(rstd * (g - m1 - (x - mean) * rstd * m2));
                             }
                             if trained {
                                 for (((w, b), dy), x) in share.0.iter_mut().zip(&mut share.1).zip(dy).zip(x) {
@@ -318,7 +334,10 @@ pub fn layer_norm(x: &Value, weight: &Value, bias: &Value, eps: f64) -> Result<V
                 )
             })
             .collect();
-        let (mut dw, mut db) = (vec![0f32; d], vec![0f32; d]);
+        // SAFETY: rows of `d` tile the tensor.
+        unsafe { dx.set_len(xv.len()) };
+        let trained_len = if trained { d } else { 0 };
+        let (mut dw, mut db) = (vec![0f32; trained_len], vec![0f32; trained_len]);
         if trained {
             for (w, b) in &shares {
                 dw.iter_mut().zip(w).for_each(|(t, s)| *t += s);

@@ -2,10 +2,11 @@
 //! from in the backward pass.
 
 use crate::tile::Kernel;
-use crate::view::grain;
+use crate::view::{build, grain};
 use crate::winograd::Winograd;
 use candle_core::Result;
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Sizes of one convolution.
 #[derive(Clone, Copy)]
@@ -63,13 +64,27 @@ impl Geometry {
             return None;
         }
         let (ph, pw) = self.padded();
-        let mut out = vec![0f32; self.n * self.c * ph * pw];
-        out.par_chunks_mut(ph * pw).zip(x.par_chunks(self.h * self.w)).with_min_len(grain(ph * pw)).for_each(|(to, from)| {
-            for (to, from) in to.chunks_exact_mut(pw).skip(self.padding).zip(from.chunks_exact(self.w)) {
-                to[self.padding..][..self.w].copy_from_slice(from);
-            }
-        });
-        Some(out)
+        let zero = |to: &mut [MaybeUninit<f32>]| {
+            to.fill(MaybeUninit::new(0.0));
+        };
+        let write = |out: &mut [MaybeUninit<f32>]| {
+            out.par_chunks_mut(ph * pw).zip(x.par_chunks(self.h * self.w)).with_min_len(grain(ph * pw)).for_each(|(to, from)| {
+                let (above, rest) = to.split_at_mut(self.padding * pw);
+                let (lines, below) = rest.split_at_mut(self.h * pw);
+                zero(above);
+                for (to, from) in lines.chunks_exact_mut(pw).zip(from.chunks_exact(self.w)) {
+                    let (left, rest) = to.split_at_mut(self.padding);
+                    let (middle, right) = rest.split_at_mut(self.w);
+                    zero(left);
+                    middle.write_copy_of_slice(from);
+                    zero(right);
+                }
+                zero(below);
+            });
+        };
+        assert_eq!(x.len(), self.n * self.c * self.h * self.w);
+        // SAFETY: of each plane, of which there are as many as of the picture's, every line is written whole.
+        Some(unsafe { build(self.n * self.c * ph * pw, write) })
     }
 
     /// Line `(c, kh, kw)` of the patch matrix of one padded image: its input pixel for each output pixel from `from` on.

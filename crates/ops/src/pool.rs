@@ -1,7 +1,11 @@
-//! The pool of threads: work that goes on beside other work, and threads that stay awake.
+//! What a run's steps share: the pool of threads, in which work goes on beside other work and threads stay awake, and freed memory, which the
+//! next step takes again.
 
 use crate::gemm::{bf16, with_bf16};
 use candle_core::Tensor;
+// Linked for the functions below: the allocator is a program's to choose.
+use libmimalloc_sys as _;
+use std::ffi::{c_int, c_long};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,6 +18,29 @@ pub fn together<A: Send, B: Send>(like: &Tensor, a: impl FnOnce() -> A + Send, b
     }
     let on = bf16();
     rayon::join(|| with_bf16(on, a), || with_bf16(on, b))
+}
+
+unsafe extern "C" {
+    fn mi_option_get(option: c_int) -> c_long;
+    fn mi_option_set(option: c_int, value: c_long);
+}
+
+/// `mi_option_purge_delay` (mimalloc 3, include/mimalloc.h): milliseconds after which freed memory goes back to the system, and its default.
+const PURGE_DELAY: (c_int, c_long) = (15, 1000);
+/// What it is set to: memory that a step frees and the next one takes would be cleared by the system each time.
+const KEPT_FOR: c_long = 10_000;
+
+/// Has mimalloc keep freed memory for ten seconds in place of one, unless `MIMALLOC_PURGE_DELAY` sets another time. Without effect in
+/// programs with another allocator.
+pub fn keep_freed_memory() {
+    let (option, default) = PURGE_DELAY;
+    // SAFETY: both take any option's number and read or write an entry of a table of theirs, at any time. Another version of the library,
+    // in which the number may mean something else, would hardly have this default there, and is left as it is.
+    unsafe {
+        if mi_option_get(option) == default {
+            mi_option_set(option, KEPT_FOR);
+        }
+    }
 }
 
 /// For how long an idle thread looks for work before it begins to sleep in between. Time and not looks: where the system put it on the core of
@@ -56,6 +83,21 @@ pub fn awake<R>(f: impl FnOnce() -> R) -> R {
 mod tests {
     use super::*;
     use rayon::prelude::*;
+
+    #[test]
+    fn freed_memory_is_kept_unless_the_user_says_otherwise() {
+        let (option, default) = PURGE_DELAY;
+        // SAFETY: as in `keep_freed_memory`.
+        let (get, set) = (|| unsafe { mi_option_get(option) }, |value| unsafe { mi_option_set(option, value) });
+        // What the environment or the library says.
+        let found = get();
+        assert!(found == default || std::env::var_os("MIMALLOC_PURGE_DELAY").is_some(), "{found}: another version of mimalloc?");
+        for (before, after) in [(default, KEPT_FOR), (0, 0), (-1, -1)] {
+            set(before);
+            keep_freed_memory();
+            assert_eq!(get(), after);
+        }
+    }
 
     #[test]
     fn awake_threads_do_the_work_and_end_with_it() -> Result<(), rayon::ThreadPoolBuildError> {

@@ -1,10 +1,11 @@
-//! Micro-kernels: a tile of a matrix product whose sums stay in registers. One for AVX-512, one for AVX2 (`avx2.rs`), one that the
+//! Micro-kernels: a tile of a matrix product whose sums stay in registers. One for AVX-512 (`avx512.rs`), one for AVX2 (`avx2.rs`), one that the
 //! compiler vectorises for any other CPU (`portable.rs`); and for products of bf16 with sums in f32 one for AVX-512 BF16 and one for AMX
 //! (`amx.rs`). All add along k in ascending order, so an element's value does not depend on the tile it falls into.
 //!
 //! Operands come packed by `pack.rs`: strips of `rows` (or `lanes`) neighbours, k by k.
 
 use crate::ahead::Ahead;
+use crate::capability::{Capability, capability};
 use std::sync::LazyLock;
 
 /// Which micro-kernel.
@@ -21,11 +22,11 @@ pub(crate) enum Kernel {
     Portable,
 }
 
-/// Whether this CPU multiplies bf16 pairs (AVX-512 BF16).
+/// Whether this CPU multiplies bf16 pairs (AVX-512 BF16), and AVX-512 is used.
 pub fn has_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
-        static HAS: LazyLock<bool> = LazyLock::new(|| is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16"));
+        static HAS: LazyLock<bool> = LazyLock::new(|| capability() == Capability::Avx512 && is_x86_feature_detected!("avx512bf16"));
         *HAS
     }
     #[cfg(not(target_arch = "x86_64"))]
@@ -35,18 +36,13 @@ pub fn has_bf16() -> bool {
 impl Kernel {
     /// The best one for this CPU.
     pub(crate) fn f32() -> Self {
-        static BEST: LazyLock<Kernel> = LazyLock::new(|| {
+        match capability() {
             #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx512f") {
-                return Kernel::Avx512;
-            }
+            Capability::Avx512 => Self::Avx512,
             #[cfg(target_arch = "x86_64")]
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                return Kernel::Avx2;
-            }
-            Kernel::Portable
-        });
-        *BEST
+            Capability::Avx2 => Self::Avx2,
+            _ => Self::Portable,
+        }
     }
 
     /// The best one of bf16 products; only where [`has_bf16`].
@@ -180,171 +176,14 @@ pub(crate) unsafe fn tile(kernel: Kernel, t: Tile, a: *const f32, b: *const f32,
     unsafe {
         match kernel {
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx512 => avx512::dispatch::<false>(t, a, b, c, ahead),
+            Kernel::Avx512 => crate::avx512::dispatch(t, a, b, c, ahead),
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx512Bf16 => avx512::dispatch::<true>(t, a, b, c, ahead),
+            Kernel::Avx512Bf16 => crate::avx512::dispatch_bf16(t, a, b, c, ahead),
             #[cfg(target_arch = "x86_64")]
             Kernel::Amx => crate::amx::tile(t, a, b, c),
             #[cfg(target_arch = "x86_64")]
             Kernel::Avx2 => crate::avx2::dispatch(t, a, b, c, ahead),
             Kernel::Portable => crate::portable::dispatch(t, a, b, c),
         }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use super::{Left, Start, Tile};
-    use crate::ahead::{Ahead, RUN, ask};
-    use std::arch::x86_64::*;
-
-    pub(super) unsafe fn dispatch<const BF16: bool>(t: Tile, a: *const f32, b: *const f32, c: *mut f32, ahead: &mut Ahead) {
-        macro_rules! by_rows {
-            ($($m:literal)*) => {
-                // SAFETY: the promises of `tile`.
-                unsafe {
-                    match (t.rows, t.lanes, BF16, t.left) {
-                        $(
-                            ($m, 32, false, Left::Packed(width)) => run::<$m, 2, true>(t, width, a, b, c, ahead),
-                            ($m, _, false, Left::Packed(width)) => run::<$m, 1, true>(t, width, a, b, c, ahead),
-                            ($m, 32, false, Left::Lines(line)) => run::<$m, 2, false>(t, line, a, b, c, ahead),
-                            ($m, _, false, Left::Lines(line)) => run::<$m, 1, false>(t, line, a, b, c, ahead),
-                            ($m, 32, true, _) => run_bf16::<$m, 2>(t, a, b, c, ahead),
-                            ($m, _, true, _) => run_bf16::<$m, 1>(t, a, b, c, ahead),
-                        )*
-                        _ => unreachable!("a tile of {} rows", t.rows),
-                    }
-                }
-            };
-        }
-        by_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-    }
-
-    /// `PACKED`: the left operand lies k by k, `apart` from one to the next; else in `M` lines, so far apart.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn run<const M: usize, const V: usize, const PACKED: bool>(
-        t: Tile,
-        apart: usize,
-        mut a: *const f32,
-        mut b: *const f32,
-        c: *mut f32,
-        ahead: &mut Ahead,
-    ) {
-        let mut sums = [[_mm512_setzero_ps(); V]; M];
-        // SAFETY: the promises of `tile`.
-        unsafe {
-            for from in (0..t.steps).step_by(RUN) {
-                let lines = ahead.next_run(b);
-                for i in 0..RUN.min(t.steps - from) {
-                    ask(lines, i);
-                    let mut bs = [_mm512_setzero_ps(); V];
-                    for (v, x) in bs.iter_mut().enumerate() {
-                        *x = _mm512_loadu_ps(b.add(16 * v));
-                    }
-                    // Rows by number, so that the compiler sees at once that no sum needs a place in memory.
-                    macro_rules! rows {
-                        ($($i:literal)*) => {$(
-                            if $i < M {
-                                let x = _mm512_set1_ps(*a.add(if PACKED { $i } else { $i * apart }));
-                                sums[$i % M][0] = _mm512_fmadd_ps(x, bs[0], sums[$i % M][0]);
-                                if V > 1 {
-                                    sums[$i % M][V - 1] = _mm512_fmadd_ps(x, bs[V - 1], sums[$i % M][V - 1]);
-                                }
-                            }
-                        )*};
-                    }
-                    rows!(0 1 2 3 4 5 6 7 8 9 10 11 12 13);
-                    a = a.add(if PACKED { apart } else { 1 });
-                    b = b.add(16 * V);
-                }
-            }
-            // A copy, so that the sums themselves never need a place in memory.
-            let done = sums;
-            if t.turned { store_turned::<M, V>(t, &done, c) } else { store::<M, V>(t, &done, c) }
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn run_bf16<const M: usize, const V: usize>(t: Tile, mut a: *const f32, mut b: *const f32, c: *mut f32, ahead: &mut Ahead) {
-        let mut sums = [[_mm512_setzero_ps(); V]; M];
-        // SAFETY: the promises of `tile`; a pair of bf16 fills the place of one f32.
-        unsafe {
-            for from in (0..t.steps).step_by(RUN) {
-                let lines = ahead.next_run(b);
-                for i in 0..RUN.min(t.steps - from) {
-                    ask(lines, i);
-                    let mut bs = [_mm512_setzero_si512(); V];
-                    for (v, x) in bs.iter_mut().enumerate() {
-                        *x = _mm512_loadu_si512(b.add(16 * v).cast());
-                    }
-                    for (i, sums) in sums.iter_mut().enumerate() {
-                        let x = _mm512_set1_epi32(*a.add(i).cast::<i32>());
-                        let pair = |v| std::mem::transmute::<__m512i, __m512bh>(v);
-                        for (s, b) in sums.iter_mut().zip(&bs) {
-                            *s = _mm512_dpbf16_ps(*s, pair(x), pair(*b));
-                        }
-                    }
-                    a = a.add(M);
-                    b = b.add(16 * V);
-                }
-            }
-            // A copy, so that the sums themselves never need a place in memory.
-            let done = sums;
-            if t.turned { store_turned::<M, V>(t, &done, c) } else { store::<M, V>(t, &done, c) }
-        }
-    }
-
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    unsafe fn store<const M: usize, const V: usize>(t: Tile, sums: &[[__m512; V]; M], c: *mut f32) {
-        let scale = _mm512_set1_ps(t.scale);
-        for (i, sums) in sums.iter().enumerate() {
-            for (v, s) in sums.iter().enumerate() {
-                let mask = mask(t.columns.saturating_sub(16 * v));
-                let column = (16 * v).min(t.columns);
-                // SAFETY: the mask keeps within the row's columns; a start has a number for each row or column.
-                unsafe {
-                    let at = c.add(i * t.rs + column);
-                    let old = match t.start {
-                        Start::Zero => _mm512_setzero_ps(),
-                        Start::Add => _mm512_maskz_loadu_ps(mask, at),
-                        Start::Rows(p) => _mm512_set1_ps(*p.add(i)),
-                        Start::Columns(p) => _mm512_maskz_loadu_ps(mask, p.add(column)),
-                    };
-                    _mm512_mask_storeu_ps(at, mask, _mm512_fmadd_ps(scale, *s, old));
-                }
-            }
-        }
-    }
-
-    /// The tile's rows become columns: element (i, j) goes to `j * rs + i`.
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    unsafe fn store_turned<const M: usize, const V: usize>(t: Tile, sums: &[[__m512; V]; M], c: *mut f32) {
-        let (scale, mask) = (_mm512_set1_ps(t.scale), mask(M));
-        for v in 0..V {
-            let mut r = [_mm512_setzero_ps(); 16];
-            for (r, s) in r.iter_mut().zip(sums) {
-                *r = s[v];
-            }
-            for (j, r) in crate::pack::avx512::turn(r).iter().enumerate().take(t.columns.saturating_sub(16 * v)) {
-                let column = 16 * v + j;
-                // SAFETY: M numbers of a line of the result; a start has a number for each row or column.
-                unsafe {
-                    let at = c.add(column * t.rs);
-                    let old = match t.start {
-                        Start::Zero => _mm512_setzero_ps(),
-                        Start::Add => _mm512_maskz_loadu_ps(mask, at),
-                        Start::Rows(p) => _mm512_maskz_loadu_ps(mask, p),
-                        Start::Columns(p) => _mm512_set1_ps(*p.add(column)),
-                    };
-                    _mm512_mask_storeu_ps(at, mask, _mm512_fmadd_ps(scale, *r, old));
-                }
-            }
-        }
-    }
-
-    fn mask(len: usize) -> __mmask16 {
-        ((1u32 << len.min(16)) - 1) as __mmask16
     }
 }

@@ -112,6 +112,17 @@ impl SharedMut {
         }
     }
 
+    /// Elements `offset..offset + len`, which may not be initialised yet.
+    ///
+    /// # Safety
+    /// As [`SharedMut::at`].
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn room<'b>(self, offset: usize, len: usize) -> &'b mut [MaybeUninit<f32>] {
+        let ptr = self.ptr(offset, len);
+        // SAFETY: inside the allocation by the assertion in `ptr`; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(ptr.cast(), len) }
+    }
+
     /// Elements `offset..offset + len`, all initialised.
     ///
     /// # Safety

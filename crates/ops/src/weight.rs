@@ -5,11 +5,13 @@ use crate::ahead::Ahead;
 use crate::linear::widen;
 use crate::mapped::{Mapped, Weight};
 use crate::math::simd;
+use crate::view::F32;
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-/// What a LoKr adds to a frozen weight `(a c, b d, ..)`: `kron(w1 (a, b), w2 (c, d, ..))`, the scale folded into `w1`; both f32.
+/// What a LoKr adds to a frozen weight `(a c, b d, ..)`: `kron(w1 (a, b), w2 (c, d, ..))`, the scale folded into `w1`; both f32 and
+/// contiguous.
 #[derive(Clone, Copy)]
 pub struct Delta<'a> {
     /// `(a, b)`.
@@ -54,8 +56,7 @@ impl Stored<'_> {
 pub(crate) struct Held<'a> {
     weight: Place<'a>,
     row: usize,
-    w1: Vec<f32>,
-    w2: Vec<f32>,
+    delta: Option<(F32<'a>, F32<'a>)>,
     /// b, c and the elements of one row of w2.
     sizes: [usize; 3],
 }
@@ -75,18 +76,18 @@ pub(crate) struct Lines<'a> {
 
 impl<'a> Held<'a> {
     /// Borrows a contiguous f32, f16 or bf16 weight on the CPU.
-    pub(crate) fn new(weight: &'a Weight, delta: Option<Delta>) -> Result<Self> {
+    pub(crate) fn new(weight: &'a Weight, delta: Option<Delta<'a>>) -> Result<Self> {
         let rows = weight.dims().first().copied().unwrap_or(1);
         let row = weight.elem_count() / rows.max(1);
-        let (w1, w2, sizes) = match delta {
-            None => (Vec::new(), Vec::new(), [1, 1, 1]),
+        let (delta, sizes) = match delta {
+            None => (None, [1, 1, 1]),
             Some(Delta { w1, w2 }) => {
                 let ((a, b), c) = (w1.dims2()?, w2.dim(0)?);
                 let inner = w2.elem_count() / c.max(1);
                 if a * c != rows || b * inner != row {
                     candle_core::bail!("weight {:?} is not w1 {:?} by w2 {:?}", weight.dims(), w1.dims(), w2.dims());
                 }
-                (w1.flatten_all()?.to_vec1()?, w2.flatten_all()?.to_vec1()?, [b, c, inner])
+                (Some((F32::new(w1)?, F32::new(w2)?)), [b, c, inner])
             }
         };
         let weight = match weight {
@@ -96,7 +97,7 @@ impl<'a> Held<'a> {
             }
             Weight::Mapped(mapped) => Place::Mapped(mapped),
         };
-        Ok(Self { weight, row, w1, w2, sizes })
+        Ok(Self { weight, row, delta, sizes })
     }
 
     pub(crate) fn lines(&self) -> Result<Lines<'_>> {
@@ -110,7 +111,7 @@ impl<'a> Held<'a> {
             },
         };
         let Some(stored) = stored else { candle_core::bail!("a weight must be f32, f16 or bf16, contiguous and on the CPU") };
-        let delta = if self.w1.is_empty() { None } else { Some((&self.w1[..], &self.w2[..])) };
+        let delta = self.delta.as_ref().map(|(w1, w2)| (&w1[..], &w2[..]));
         Ok(Lines { stored, row: self.row, delta, sizes: self.sizes })
     }
 }

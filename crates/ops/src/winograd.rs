@@ -53,6 +53,9 @@ pub(crate) struct Winograd {
 /// all these outputs at `(9 k + t) * width`. [`SLACK`] places behind them may be overwritten. The last argument is a buffer to use.
 pub(crate) type Taps<'a> = dyn Fn(Strip, (usize, usize), &mut [f32], &mut Vec<f32>) + Sync + 'a;
 
+/// Where the taps of so many output channels (first, count) for some input channels (first, count) lie, to be asked for.
+pub(crate) type TapsAhead<'a> = dyn Fn((usize, usize), (usize, usize)) -> Ahead + Sync + 'a;
+
 thread_local! {
     static PICTURE: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
     static BLOCK: Cell<(Vec<f32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
@@ -139,7 +142,7 @@ impl Winograd {
     ///
     /// # Safety
     /// No other thread touches these places meanwhile.
-    pub(crate) unsafe fn run(&self, x: &[f32], taps: &Taps, bias: Option<&[f32]>, out: SharedMut) {
+    pub(crate) unsafe fn run(&self, x: &[f32], (taps, ahead): (&Taps, &TapsAhead), bias: Option<&[f32]>, out: SharedMut) {
         assert_eq!(x.len(), self.n * self.c * self.h * self.w);
         let rows = self.n * self.tile_rows();
         let width = vector(self.kernel);
@@ -151,9 +154,11 @@ impl Winograd {
             let v = reuse(&mut picture, PLACES * self.v_region(block.tiles()));
             self.transform_picture(x, &block, SharedMut::new(v));
             (0..tasks).into_par_iter().with_max_len(1).for_each(|task| {
-                let groups = &groups[groups.len() * task / tasks..groups.len() * (task + 1) / tasks];
+                let of = |task: usize| &groups[groups.len() * task / tasks..groups.len() * (task + 1) / tasks];
+                // What a thread reads first in its next task is asked for in this one's last block.
+                let later = rows_of(of((task + 1).min(tasks - 1)));
                 // SAFETY: each task writes its own output channels.
-                unsafe { self.channels(v, &block, groups, taps, bias, out) };
+                unsafe { self.channels(v, &block, of(task), later, (taps, ahead), bias, out) };
             });
         }
         PICTURE.set(picture);
@@ -209,8 +214,18 @@ impl Winograd {
     ///
     /// # Safety
     /// No other thread touches them meanwhile.
-    unsafe fn channels(&self, v: &[f32], block: &Block, groups: &[Strip], taps: &Taps, bias: Option<&[f32]>, out: SharedMut) {
-        let Some((first, rows)) = groups.first().zip(groups.last()).map(|(a, b)| (a.start, b.start + b.len - a.start)) else { return };
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn channels(
+        &self,
+        v: &[f32],
+        block: &Block,
+        groups: &[Strip],
+        later: (usize, usize),
+        (taps, ahead): (&Taps, &TapsAhead),
+        bias: Option<&[f32]>,
+        out: SharedMut,
+    ) {
+        let (first, rows) = rows_of(groups);
         let (kernel, tiles, width) = (self.kernel, block.tiles(), vector(self.kernel));
         let (columns, kc) = (self.padded(tiles), self.c.min(KC));
         let (v_region, u_region, m_region) = (self.v_region(tiles), kc * width * groups.len() + SLACK, rows * columns + SLACK);
@@ -226,6 +241,8 @@ impl Winograd {
                     transform_kernels(kernel, raw, self.flipped, count, &mut u[at + k * width..], u_region);
                 }
             }
+            let (next_rows, next_k) = if k0 + kc < self.c { ((first, rows), k0 + kc) } else { (later, 0) };
+            let mut next = ahead(next_rows, (next_k, KC.min(self.c - next_k)));
             for p in 0..PLACES {
                 for s in column_strips(kernel, tiles) {
                     let b = &v[p * v_region + s.start * self.c + k0 * s.width..][..kc * s.width];
@@ -244,7 +261,7 @@ impl Winograd {
                             scale: 1.0,
                         };
                         // SAFETY: the slices hold what the tile reads and writes.
-                        unsafe { tile(kernel, t, a.as_ptr(), b.as_ptr(), c.as_mut_ptr(), &mut Ahead::none()) };
+                        unsafe { tile(kernel, t, a.as_ptr(), b.as_ptr(), c.as_mut_ptr(), &mut next) };
                     }
                 }
             }
@@ -287,6 +304,11 @@ pub fn conv2d_buffers(channels: usize, threads: usize) -> usize {
     let tiles = large.rows_per_block() * large.tile_columns();
     let block = PLACES * (channels.min(KC) * vector(kernel) * GROUPS + GROUPS * kernel.rows() * large.padded(tiles));
     4 * (PLACES * large.v_region(tiles) + threads * block)
+}
+
+/// Rows of some strips: the first, and how many.
+fn rows_of(strips: &[Strip]) -> (usize, usize) {
+    strips.first().zip(strips.last()).map_or((0, 0), |(a, b)| (a.start, b.start + b.len - a.start))
 }
 
 /// Numbers in a vector: so many tiles and so many outputs' kernels are transformed at a time.
@@ -363,7 +385,7 @@ mod tests {
                 };
                 let mut out = vec![f32::NAN; n * o * h * w];
                 // SAFETY: `out` is borrowed exclusively.
-                unsafe { s.run(&x, &taps, Some(&bias), SharedMut::new(&mut out)) };
+                unsafe { s.run(&x, (&taps, &|_, _| Ahead::none()), Some(&bias), SharedMut::new(&mut out)) };
                 for (got, want) in out.iter().zip(plain(&s, &x, &weight, &bias)) {
                     // Sums of 9 c products of order one third; the transforms add and take away a few of their size.
                     assert!((*got as f64 - want).abs() < 1e-6 * (c as f64 + 4.0), "{s:?}: {got}, {want}");
@@ -384,7 +406,7 @@ mod tests {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
             let mut out = vec![0f32; s.o * s.h * s.w];
             // SAFETY: `out` is borrowed exclusively.
-            pool.install(|| unsafe { s.run(&x, &taps, None, SharedMut::new(&mut out)) });
+            pool.install(|| unsafe { s.run(&x, (&taps, &|_, _| Ahead::none()), None, SharedMut::new(&mut out)) });
             results.push(out);
         }
         assert!(results.windows(2).all(|pair| pair[0] == pair[1]));

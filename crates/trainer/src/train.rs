@@ -73,6 +73,8 @@ pub fn train(config: &RunConfig, options: &Options, observe: &mut Observer) -> R
 /// # Errors
 /// What `work` returns, or that the threads cannot be started.
 pub fn in_pool<T: Send>(threads: Option<usize>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    ops::check_cpu_capability().map_err(|what| Error::refused(what, format!("or leave {} unset", ops::CPU_CAPABILITY)))?;
+    ops::keep_freed_memory();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build();
     let pool = pool.map_err(|e| Error::refused(format!("the computing threads cannot be started: {e}"), "set train.threads lower"))?;
     pool.install(work)

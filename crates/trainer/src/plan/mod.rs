@@ -179,14 +179,14 @@ fn layers(tree: &ModuleTree) -> HashMap<String, Layer> {
     tree.nodes.iter().filter_map(|n| Some((n.path.clone(), of(&n.leaf)?))).collect()
 }
 
-/// What the CPU's convolutions keep from call to call.
-fn kernel_buffers(unet: &ModuleTree, threads: usize) -> u64 {
+/// What the CPU's convolutions and attention keep from call to call.
+fn kernel_buffers(unet: &ModuleTree, keys: usize, threads: usize) -> u64 {
     let channels = |leaf: &Leaf| match leaf {
         Leaf::Conv2d(l) if l.weight.dims().last() == Some(&3) => l.weight.dims()[..2].iter().copied().max(),
         _ => None,
     };
     let widest = unet.nodes.iter().filter_map(|node| channels(&node.leaf)).max().unwrap_or(0);
-    ops::conv2d_buffers(widest, threads) as u64
+    (ops::conv2d_buffers(widest, threads) + ops::attention_buffers(keys, threads)) as u64
 }
 
 /// Threads that compute.
@@ -273,8 +273,7 @@ impl Run<'_> {
 
     fn net(&self, meter: &Rc<Meter>, layers: HashMap<String, Layer>, compute: DType) -> Rc<Net> {
         let checkpointing = self.config.train.gradient_checkpointing;
-        let threads = threads(self.config);
-        Rc::new(Net { meter: meter.clone(), layers, compute, checkpointing, threads, taken: RefCell::default() })
+        Rc::new(Net { meter: meter.clone(), layers, compute, checkpointing, taken: RefCell::default() })
     }
 
     fn compute(&self) -> DType {
@@ -318,7 +317,8 @@ impl Run<'_> {
         let (width, height, n) = self.largest;
         let n = if self.config.cache.cache_latents { self.config.cache.vae_batch_size.min(n.max(1)) } else { n };
         self.net(&meter, layers(&tree), DType::F32).encode(&vae.config, [n as u64, u64::from(height), u64::from(width)]);
-        meter.peak().0 + self.freed(&meter) + weight_bytes(&tree)
+        let scores = if self.device.is_cpu() { ops::attention_buffers(meter.keys(), threads(self.config)) } else { 0 };
+        meter.peak().0 + scores as u64 + self.freed(&meter) + weight_bytes(&tree)
     }
 
     fn freed(&self, meter: &Meter) -> u64 {
@@ -345,7 +345,8 @@ impl Run<'_> {
         let masters = 4 * sizes.iter().sum::<usize>() as u64;
         let optimizer = Optimizer::new(t.optimizer, self.config.hyper(), &sizes).state_bytes() as u64;
         let largest = 4 * sizes.iter().max().copied().unwrap_or(0) as u64;
-        let program = if self.device.is_cpu() { OVERHEAD + kernel_buffers(&sdxl.unet.tree, threads(self.config)) } else { 0 };
+        let buffers = || kernel_buffers(&sdxl.unet.tree, first.keys(), threads(self.config));
+        let program = if self.device.is_cpu() { OVERHEAD + buffers() } else { 0 };
         let base = Memory { weights, masters, program, ..Memory::default() };
         // The state is made by the first update; a run of one step has none before it.
         let state = if timeline.is_some_and(|t| t.total_steps == 1) { 0 } else { optimizer };

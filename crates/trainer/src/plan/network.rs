@@ -45,7 +45,6 @@ pub(super) struct Net {
     /// The type of the activations.
     pub compute: DType,
     pub checkpointing: GradientCheckpointing,
-    pub threads: usize,
     /// The path that each adapted layer takes, with its rows.
     pub taken: RefCell<HashMap<String, (u64, Path)>>,
 }
@@ -169,11 +168,8 @@ impl Net {
         let forward = Work { macs: 2.0 * product, elements: elements + if m.composed { 6.0 * scores as f64 } else { 0.0 }, weights: 0.0 };
         let backward = Work { macs: 5.0 * product, elements: 2.0 * forward.elements, weights: 0.0 };
         m.work(forward);
-        // Our kernel on the GPU has none.
-        let fast_on_cpu = !m.composed && m.element == 4;
-        let held = if fast_on_cpu { ops::attention_buffers(tk as usize, self.threads) } else { [0, 0] };
-        let [scores_forward, scores_backward] = held.map(|bytes| bytes as u64);
-        let (mut saved, mut scratch) = (vec![q.buffer.clone(), k.buffer.clone(), v.buffer.clone()], scores_backward);
+        m.attends(tk);
+        let (mut saved, mut scratch) = (vec![q.buffer.clone(), k.buffer.clone(), v.buffer.clone()], 0);
         if m.composed {
             // Copies by head, and the scores of some queries in f32.
             saved = vec![m.buffer((q.elements + k.elements + v.elements) * m.element)];
@@ -181,14 +177,12 @@ impl Net {
             scratch = 4 * 4 * some;
             let _scores = m.buffer(3 * 4 * some);
         }
-        let (scratch_forward, rows) = (m.buffer(scores_forward), m.buffer(4 * n * heads * tq));
-        saved.push(rows);
+        saved.push(m.buffer(4 * n * heads * tq));
         let out = m.buffer(q.elements * m.element);
         if !m.composed {
             saved.push(out.clone());
         }
         let mut result = op(m, &[q, k, v], q.elements, true, false, Back { saved, scratch, work: backward, ..Back::default() });
-        drop(scratch_forward);
         // Its memory is its own, not the query's.
         result.buffer = out;
         result

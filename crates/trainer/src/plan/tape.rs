@@ -41,6 +41,7 @@ pub(super) struct Meter {
     gradients: Cell<u64>,
     peak: Cell<(u64, u64)>,
     largest: Cell<u64>,
+    keys: Cell<u64>,
     macs: Cell<f64>,
     seconds: Cell<f64>,
     recording: Cell<bool>,
@@ -62,6 +63,7 @@ impl Meter {
             gradients: Cell::new(0),
             peak: Cell::new((0, 0)),
             largest: Cell::new(0),
+            keys: Cell::new(0),
             macs: Cell::new(0.0),
             seconds: Cell::new(0.0),
             recording: Cell::new(true),
@@ -73,6 +75,16 @@ impl Meter {
     /// The largest sum of activations and gradients, in bytes, and the gradients' part of it.
     pub fn peak(&self) -> (u64, u64) {
         self.peak.get()
+    }
+
+    /// Notes an attention to so many keys.
+    pub fn attends(&self, keys: u64) {
+        self.keys.set(self.keys.get().max(keys));
+    }
+
+    /// The most keys of an attention.
+    pub fn keys(&self) -> usize {
+        self.keys.get() as usize
     }
 
     /// Bytes of the largest buffer.
