@@ -29,11 +29,11 @@ def cases():
         yield f"{name}_both", both
 
     for c, side in [(320, 64), (320, 16), (640, 8)]:
-        kernel, x, dy = torch.randn(c, c, 3, 3), torch.randn(1, c, side, side), torch.randn(1, c, side, side)
+        kernel, picture, dy = torch.randn(c, c, 3, 3), torch.randn(1, c, side, side), torch.randn(1, c, side, side)
         yield from pair(f"conv3x3_{c}_{side}", lambda x, kernel=kernel: F.conv2d(x, kernel, padding=1), (1, c, side, side))
         backward = torch.ops.aten.convolution_backward
         sizes = [[1, 1], [1, 1], [1, 1], False, [0, 0], 1]
-        yield f"conv3x3_{c}_{side}_input_grad", lambda x=x, dy=dy, kernel=kernel: backward(dy, x, kernel, None, *sizes, [True, False, False])
+        yield f"conv3x3_{c}_{side}_input_grad", lambda x=picture, dy=dy, kernel=kernel: backward(dy, x, kernel, None, *sizes, [True, False, False])
 
     def attention(q, k, v):
         q, k, v = (t.view(1, -1, 10, 64).transpose(1, 2) for t in (q, k, v))

@@ -302,3 +302,37 @@ unsafe fn store_turned<const M: usize, const V: usize>(t: Tile, sums: &Sums, c: 
 fn mask(len: usize) -> __mmask16 {
     ((1u32 << len.min(16)) - 1) as __mmask16
 }
+
+/// Elements of a weight plus those of an adapter's `kron(w1, w2)`: `len` of them in one row, of f32, f16 or bf16 as `KIND` is 0, 1 or 2, to
+/// `out`. They begin in the run of `w1[0]` times `w2.0`, at its element `w2.1`; each run takes the next number of `w1`.
+///
+/// # Safety
+/// The CPU has AVX-512 (F, BW, VL). `base` and `out` hold `len` elements, and `w1` a number for each run.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(crate) unsafe fn merge<const KIND: u8>(base: *const u8, w1: &[f32], w2: (&[f32], usize), out: *mut f32, len: usize) {
+    let ((w2, mut q), mut done) = (w2, 0);
+    for &factor in w1 {
+        let (run, factor) = ((w2.len() - q).min(len - done), _mm512_set1_ps(factor));
+        for h in (0..run).step_by(16) {
+            let (at, m) = (done + h, mask(run - h));
+            // SAFETY: masked to the run, which ends with the elements.
+            unsafe {
+                let element = match KIND {
+                    0 => _mm512_maskz_loadu_ps(m, base.cast::<f32>().add(at)),
+                    1 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, base.cast::<i16>().add(at))),
+                    _ => {
+                        let bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, base.cast::<i16>().add(at)));
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+                    }
+                };
+                // Rounded twice, as in the form for other CPUs.
+                let product = _mm512_mul_ps(factor, _mm512_maskz_loadu_ps(m, w2.as_ptr().add(q + h)));
+                _mm512_mask_storeu_ps(out.add(at), m, _mm512_add_ps(element, product));
+            }
+        }
+        (q, done) = (0, done + run);
+        if done == len {
+            return;
+        }
+    }
+}

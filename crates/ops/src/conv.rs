@@ -9,12 +9,12 @@ use crate::cudnn;
 use crate::gemm::{Begin, Dst, Product, Threads, gemm, kernel};
 use crate::linear::widen;
 use crate::mapped::Weight;
-use crate::pack::{Operand, Side, Strip, lines as strided, pack};
+use crate::pack::{Operand, Side, Strip, pack};
 use crate::patches::Geometry;
 use crate::tape::{Value, custom};
 use crate::view::{F32, SharedMut, fast, grain, tensor};
 use crate::weight::{Delta, Frozen, Held, stored};
-use crate::winograd::Winograd;
+use crate::winograd::{Winograd, deal_taps};
 use candle_core::{DType, Result, Tensor};
 use rayon::prelude::*;
 
@@ -190,7 +190,7 @@ fn input_grad(dy: &Tensor, weight: &Weight, delta: Option<Delta<'_>>, o: usize, 
                         &scratch[..len]
                     }
                 };
-                strided(kernel, line, 9, 1, Strip { start: 0, ..rows }, 9, &mut to[9 * k * rows.width..]);
+                deal_taps(kernel, line, rows, &mut to[9 * k * rows.width..]);
             }
         };
         let ahead = |(first, rows), k| lines.ahead(k, (9 * first, 9 * rows));

@@ -2,6 +2,10 @@
 //! `kron(w1, w2)` added if there is one. Neither a widened copy nor W + delta ever exists whole.
 
 use crate::ahead::Ahead;
+#[cfg(target_arch = "x86_64")]
+use crate::avx512;
+#[cfg(target_arch = "x86_64")]
+use crate::capability::{Capability, capability};
 use crate::linear::widen;
 use crate::mapped::{Mapped, Weight};
 use crate::math::simd;
@@ -161,7 +165,7 @@ impl Lines<'_> {
         let at = r * self.row + from;
         self.prefetch(at + AHEAD * self.row, out.len());
         // Copied on the way where that is all that is done to it; what is narrower is widened first.
-        let base = match &self.stored {
+        let widened = |out: &mut [f32]| match &self.stored {
             Stored::F32(v) => Some(&v[at..at + out.len()]),
             Stored::F16(v) => {
                 v[at..at + out.len()].convert_to_f32_slice(out);
@@ -173,13 +177,29 @@ impl Lines<'_> {
             }
         };
         let Some((w1, w2)) = self.delta else {
-            if let Some(base) = base {
+            if let Some(base) = widened(out) {
                 out.copy_from_slice(base);
             }
             return;
         };
         let [b, c, inner] = self.sizes;
         let (w1, w2) = (&w1[r / c * b..][..b], &w2[r % c * inner..][..inner]);
+        #[cfg(target_arch = "x86_64")]
+        if capability() == Capability::Avx512 && !out.is_empty() {
+            assert!(from + out.len() <= b * inner);
+            let (start, to) = (&w1[from / inner..], out.as_mut_ptr());
+            // SAFETY: the CPU has AVX-512; `out.len()` elements of the weight lie at `at`, and what `from` goes on from in w1 and w2 by the
+            // assertion.
+            unsafe {
+                match &self.stored {
+                    Stored::F32(v) => avx512::merge::<0>(v[at..at + out.len()].as_ptr().cast(), start, (w2, from % inner), to, out.len()),
+                    Stored::F16(v) => avx512::merge::<1>(v[at..at + out.len()].as_ptr().cast(), start, (w2, from % inner), to, out.len()),
+                    Stored::Bf16(v) => avx512::merge::<2>(v[at..at + out.len()].as_ptr().cast(), start, (w2, from % inner), to, out.len()),
+                }
+            }
+            return;
+        }
+        let base = widened(out);
         simd(
             #[inline(always)]
             || {

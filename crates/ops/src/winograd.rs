@@ -11,7 +11,7 @@ mod plain;
 
 use crate::ahead::Ahead;
 use crate::math::simd;
-use crate::pack::{SLACK, Strip, column_strips, row_strips};
+use crate::pack::{SLACK, Strip, column_strips, lines, row_strips};
 use crate::tile::{Kernel, Left, Start, Tile, tile};
 use crate::view::{SharedMut, grain, reuse};
 use rayon::prelude::*;
@@ -304,6 +304,17 @@ pub fn conv2d_buffers(channels: usize, threads: usize) -> usize {
     let tiles = large.rows_per_block() * large.tile_columns();
     let block = PLACES * (channels.min(KC) * vector(kernel) * GROUPS + GROUPS * kernel.rows() * large.padded(tiles));
     4 * (PLACES * large.v_region(tiles) + threads * block)
+}
+
+/// The nine taps of the channels of a strip, which lie channel by channel in `line`: tap `t` at `t * rows.width`, as [`Taps`] wants it.
+pub(crate) fn deal_taps(kernel: Kernel, line: &[f32], rows: Strip, to: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if kernel.avx512() && rows.width == 16 && rows.len > 0 {
+        assert!(9 * rows.len <= line.len() && 9 * 16 <= to.len());
+        // SAFETY: the kernel is chosen only where the CPU has its instructions; reads and writes stay inside by the assertion.
+        return unsafe { avx512::taps(line.as_ptr(), rows.len.min(16), to.as_mut_ptr()) };
+    }
+    lines(kernel, line, 9, 1, Strip { start: 0, ..rows }, 9, to);
 }
 
 /// Rows of some strips: the first, and how many.

@@ -42,6 +42,42 @@ pub(super) unsafe fn picture(from: [*const f32; 4], width: usize, to: *mut f32, 
     }
 }
 
+/// The nine taps of up to sixteen channels, channel by channel, tap by tap: tap `t` at `to + 16 t`. Places behind the channels hold the last one's.
+///
+/// # Safety
+/// The CPU has AVX-512. Nine numbers at `from` for each channel, of which there is one at least, and 144 places at `to`.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn taps(from: *const f32, channels: usize, to: *mut f32) {
+    let row = |i: usize| from.wrapping_add(9 * i.min(channels - 1));
+    // Eight taps of channels i and i + 8.
+    let two = |i: usize| {
+        // SAFETY: the caller's taps.
+        let (a, b) = unsafe { (_mm256_loadu_pd(row(i).cast()), _mm256_loadu_pd(row(i + 8).cast())) };
+        _mm512_castpd_ps(_mm512_insertf64x4::<1>(_mm512_castpd256_pd512(a), b))
+    };
+    // Four by four in each quarter: of channels i..i + 4 tap j, tap j + 4, and the same of the channels eight further on.
+    let four = |i: usize| {
+        let (a, b, c, d) = (two(i), two(i + 1), two(i + 2), two(i + 3));
+        let pair = |a, b| (_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(a, b)));
+        let ((ab, ab2), (cd, cd2)) = (pair(a, b), pair(c, d));
+        [_mm512_unpacklo_pd(ab, cd), _mm512_unpackhi_pd(ab, cd), _mm512_unpacklo_pd(ab2, cd2), _mm512_unpackhi_pd(ab2, cd2)]
+    };
+    let (low, high) = (four(0), four(4));
+    let even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+    let odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    for j in 0..4 {
+        // SAFETY: the caller's places.
+        unsafe {
+            _mm512_storeu_pd(to.add(16 * j).cast(), _mm512_permutex2var_pd(low[j], even, high[j]));
+            _mm512_storeu_pd(to.add(16 * (4 + j)).cast(), _mm512_permutex2var_pd(low[j], odd, high[j]));
+        }
+    }
+    for i in 0..16 {
+        // SAFETY: the caller's taps and places.
+        unsafe { *to.add(16 * 8 + i) = *row(i).add(8) };
+    }
+}
+
 /// `G g G^T` of sixteen kernels: tap `t` at `from + t * step`, place p at `p * region`.
 ///
 /// # Safety
