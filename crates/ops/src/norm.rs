@@ -135,7 +135,7 @@ pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f
                 || {
                     // The gradient before SiLU is kept where the input's will stand, which takes its place number by number.
                     let mut spare = Vec::new();
-                    let own = match need_x {
+                    let room = match need_x {
                         // SAFETY: each task writes its own group of `dx`, which outlives the loop.
                         true => unsafe { dx_at.room(i * size, size) },
                         false => {
@@ -148,15 +148,25 @@ pub fn group_norm(x: &Value, weight: &Value, bias: &Value, groups: usize, eps: f
                             let scale = wv[first + k] * rstd;
                             let shift = bv[first + k] - mean * scale;
                             let range = k * plane..(k + 1) * plane;
-                            for ((d, x), dy) in own[range.clone()].iter_mut().zip(&x[range.clone()]).zip(&dy[range]) {
+                            for ((d, x), dy) in room[range.clone()].iter_mut().zip(&x[range.clone()]).zip(&dy[range]) {
                                 d.write(dy * silu_df(x * scale + shift));
                             }
                         }
                     } else if need_x {
-                        own.write_copy_of_slice(dy);
+                        for (d, dy) in room.iter_mut().zip(dy) {
+                            d.write(*dy);
+                        }
                     }
-                    // SAFETY: all of it was written, or none is read.
-                    let own = if with_silu || need_x { unsafe { own[..size].assume_init_mut() } } else { &mut [] };
+                    let own = match (need_x, with_silu) {
+                        // SAFETY: as above, and all of it was written.
+                        (true, _) => unsafe { dx_at.at(i * size, size) },
+                        (false, true) => {
+                            // SAFETY: all of it was written.
+                            unsafe { spare.set_len(size) };
+                            &mut spare[..]
+                        }
+                        (false, false) => &mut [],
+                    };
                     let (mut s1, mut s2) = (0f32, 0f32);
                     for (k, sum) in sums.iter_mut().enumerate() {
                         let range = k * plane..(k + 1) * plane;

@@ -76,7 +76,9 @@ impl Geometry {
                     let (left, rest) = to.split_at_mut(self.padding);
                     let (middle, right) = rest.split_at_mut(self.w);
                     zero(left);
-                    middle.write_copy_of_slice(from);
+                    for (to, from) in middle.iter_mut().zip(from) {
+                        to.write(*from);
+                    }
                     zero(right);
                 }
                 zero(below);
