@@ -6,6 +6,18 @@ pub(crate) fn simd<R>(f: impl FnOnce() -> R) -> R {
     crate::capability::arch().dispatch(f)
 }
 
+/// The sum of 16 lanes, halved again and again: one after the other would wait for each.
+#[inline(always)]
+pub(crate) fn sum_lanes(lanes: &[f32; 16]) -> f32 {
+    let mut lanes = *lanes;
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    lanes[0]
+}
+
 /// e^x; relative error under 2e-7, 0 or infinity never reached (clamped to [-87.3, 88.7]).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {

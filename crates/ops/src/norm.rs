@@ -2,29 +2,42 @@
 //! whatever the input's type. Weight and bias are values: constants, or trained (the adapter's norm modules).
 
 use crate::activation::{silu, silu_df};
-use crate::math::{sigmoid, simd};
+use crate::math::{sigmoid, simd, sum_lanes};
 use crate::tape::{Value, custom};
 use crate::view::{F32, SharedMut, build, fast, grain, tensor};
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
-/// Sum of `f(v)` in 16 lanes, so that it vectorises and does not depend on threads; blocks keep the f32 sums short.
+/// Sum of `f(v)` in four times 16 lanes, so that it vectorises, waits for no sum, and does not depend on threads; blocks keep the f32
+/// sums short.
 #[inline(always)]
 fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f64 {
     let mut total = 0f64;
     for block in x.chunks(1024) {
-        let mut lanes = [0f32; 16];
-        let (chunks, rest) = block.as_chunks::<16>();
-        for (lane, v) in lanes.iter_mut().zip(rest) {
-            *lane += f(*v);
-        }
-        for v in chunks {
-            for i in 0..16 {
-                lanes[i] += f(v[i]);
+        let mut lanes = [[0f32; 16]; 4];
+        let (fours, rest) = block.as_chunks::<64>();
+        for four in fours {
+            for (k, lanes) in lanes.iter_mut().enumerate() {
+                for (i, lane) in lanes.iter_mut().enumerate() {
+                    *lane += f(four[16 * k + i]);
+                }
             }
         }
-        total += lanes.iter().map(|v| *v as f64).sum::<f64>();
+        for (i, v) in rest.iter().enumerate() {
+            lanes[i / 16][i % 16] += f(*v);
+        }
+        let [a, b, c, d] = &lanes;
+        let mut sums = [0f64; 16];
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum = (f64::from(a[i]) + f64::from(b[i])) + (f64::from(c[i]) + f64::from(d[i]));
+        }
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                sums[i] += sums[i + half];
+            }
+        }
+        total += sums[0];
     }
     total
 }
@@ -53,7 +66,7 @@ fn dot2(g: &[f32], x: &[f32], mean: f32, rstd: f32) -> (f32, f32) {
             q[i] += g[i] * (x[i] - mean) * rstd;
         }
     }
-    (s.iter().sum(), q.iter().sum())
+    (sum_lanes(&s), sum_lanes(&q))
 }
 
 /// Group norm of `(n, c, h, w)` (or any shape `(n, c, ..)`) over `groups` groups of channels, then SiLU if `with_silu`.
