@@ -284,3 +284,28 @@ fn latents_made_while_training_are_those_made_before() {
     lazily.train(&set).good();
     assert!(contents(lazily.run())["shapes.safetensors"] == want, "another adapter");
 }
+
+/// Fewer instructions than the CPU has give the same run but for the last digits; what it has not is refused.
+#[test]
+fn a_run_can_do_with_fewer_instructions() {
+    let (reference, _) = finished();
+    let losses = |run: &std::path::Path| metrics(run).iter().filter_map(|m| m["loss"].as_f64()).collect::<Vec<_>>();
+    let world = World::new("instructions");
+    for capability in ["avx2", "default"] {
+        let run = format!("output.dir={capability}");
+        let mut command = lokr_command(&world.folder, &arguments(&[&run]));
+        let ended = ran(command.env("LOKR_CPU_CAPABILITY", capability));
+        if capability == "avx2" && ended.err.contains("this CPU has default at most") {
+            continue;
+        }
+        ended.good();
+        let (these, those) = (losses(&world.path(capability)), losses(&reference.run()));
+        assert!(these.len() == 7 && those.len() == 7, "{these:?} {those:?}");
+        for (a, b) in these.iter().zip(&those) {
+            // f32 sums in another order.
+            assert!((a - b).abs() <= 1e-5 * b, "{capability}: {a} {b}");
+        }
+    }
+    let refused = ran(lokr_command(&world.folder, &arguments(&[])).env("LOKR_CPU_CAPABILITY", "sse9")).refusal();
+    assert!(refused.contains("LOKR_CPU_CAPABILITY=sse9") && refused.contains("default, avx2 or avx512"), "{refused}");
+}

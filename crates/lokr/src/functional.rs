@@ -226,7 +226,7 @@ impl Op {
         let (layer, [a, b], [need_x, need_w1, need_w2]) = (self.layer, self.sides, self.need);
         let n = layer.samples(x);
         let (w1, w2) = self.factors(x.dtype())?;
-        let (early, late) = (self.scale.abs().min(1.0), self.scale / self.scale.abs().min(1.0));
+        let (early, late) = if self.scale.abs() < 1.0 { (self.scale, 1.0) } else { (1.0, self.scale) };
         let dy_groups = layer.grouped(dy, n, a)?;
         let chain_x = need_x && self.path == Path::Factored;
         let (mut dx, mut dw1, mut dw2) = (None, None, None);

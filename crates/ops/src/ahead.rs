@@ -87,6 +87,31 @@ pub(crate) fn ask(lines: &mut Lines) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tile::{Kernel, Left, Start, Tile, tile};
+
+    /// The assembly of the kernels goes on as [`Lines::next`] does.
+    #[test]
+    fn kernels_ask_for_one_line_with_each_step() {
+        let (a, b) = (vec![1f32; 14 * 100], vec![1f32; 32 * 100]);
+        for kernel in Kernel::all().into_iter().filter(|k| *k != Kernel::Portable) {
+            for (rows, lanes, left) in [(kernel.rows(), kernel.lanes(), Left::Packed(14)), (3, kernel.narrow(), Left::Lines(100))] {
+                // Rows of three lines, and a fourth begun, after a first tile of seven steps and a second one.
+                let mut ahead = Ahead::rows(a.as_ptr(), 9, 40, 60);
+                let mut lines = ahead.lines(a.as_ptr());
+                for steps in [7, 0, 13] {
+                    let start = Start::Zero;
+                    let t = Tile { rows, columns: lanes, lanes, steps, left, rs: lanes, turned: false, start, scale: 1.0 };
+                    let mut c = vec![0f32; rows * lanes];
+                    // SAFETY: a and b hold fourteen rows and two vectors for each step, c the tile.
+                    unsafe { tile(kernel, t, a.as_ptr(), b.as_ptr(), c.as_mut_ptr(), &mut ahead) };
+                    assert!(c.iter().all(|v| *v == steps as f32), "{kernel:?} {c:?}");
+                    (0..steps).for_each(|_| _ = lines.next());
+                    let now = ahead.lines(a.as_ptr());
+                    assert_eq!((now.at, now.left), (lines.at, lines.left), "{kernel:?} after {steps} steps");
+                }
+            }
+        }
+    }
 
     #[test]
     fn lines_go_row_by_row_and_end() {

@@ -5,6 +5,7 @@
 //! Strips of 32 neighbours. For each 32 steps along k a strip holds two of AMX's tiles of 1 KiB, 16 neighbours each. A left operand's tile has
 //! a line of 32 steps for each neighbour; a right operand's has a line for each two steps, with both of each neighbour beside each other.
 
+use crate::avx512::mask;
 use crate::pack::{Operand, Side, Strip, avx512::turn};
 use crate::tile::{Start, Tile};
 use std::arch::asm;
@@ -185,10 +186,6 @@ unsafe fn block(s: Source, side: Side, len: usize, to: &mut [f32]) {
             unsafe { _mm512_storeu_ps(to.as_mut_ptr(), line) };
         }
     }
-}
-
-fn mask(len: usize) -> __mmask16 {
-    ((1u32 << len.min(16)) - 1) as __mmask16
 }
 
 /// Two vectors as one of bf16, `a` first.

@@ -1,4 +1,4 @@
-//! The micro-kernel for AVX-512, and the one for AVX-512 BF16. In the first the steps are written in assembly: fourteen by two sums fill the
+//! The micro-kernel for AVX-512, the one for AVX-512 BF16, and how an adapter is added to a weight. In the first the steps are written in assembly: fourteen by two sums fill the
 //! registers so that a compiler which reorders a few loads no longer has room for them.
 
 use crate::ahead::{Ahead, Lines, ask};
@@ -12,26 +12,29 @@ const ROWS: usize = 14;
 /// The sums of a tile, two vectors for each row.
 type Sums = [[__m512; 2]; ROWS];
 
+/// Calls `$run` for the tile's rows and vectors.
+macro_rules! by_rows {
+    (@ $run:expr, $t:ident, ($($argument:ident),*)) => {
+        $run($t, $($argument),*)
+    };
+    ($run:ident, $t:ident, $arguments:tt; $($m:literal)*) => {
+        match ($t.rows, $t.lanes) {
+            $(
+                ($m, 32) => by_rows!(@ $run::<$m, 2>, $t, $arguments),
+                ($m, _) => by_rows!(@ $run::<$m, 1>, $t, $arguments),
+            )*
+            _ => unreachable!("a tile of {} rows", $t.rows),
+        }
+    };
+}
+
 /// One tile, see [`crate::tile::tile`].
 ///
 /// # Safety
 /// The promises of `tile`; the CPU has AVX-512.
 pub(crate) unsafe fn dispatch(t: Tile, a: *const f32, b: *const f32, c: *mut f32, ahead: &mut Ahead) {
-    macro_rules! by_rows {
-        ($($m:literal)*) => {
-            // SAFETY: the caller's promises.
-            unsafe {
-                match (t.rows, t.lanes) {
-                    $(
-                        ($m, 32) => run::<$m, 2>(t, a, b, c, ahead),
-                        ($m, _) => run::<$m, 1>(t, a, b, c, ahead),
-                    )*
-                    _ => unreachable!("a tile of {} rows", t.rows),
-                }
-            }
-        };
-    }
-    by_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
+    // SAFETY: the caller's promises.
+    unsafe { by_rows!(run, t, (a, b, c, ahead); 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
 }
 
 /// The same with pairs of bf16, each in the place of an f32; the left operand packed.
@@ -39,21 +42,8 @@ pub(crate) unsafe fn dispatch(t: Tile, a: *const f32, b: *const f32, c: *mut f32
 /// # Safety
 /// The promises of `tile`; the CPU has AVX-512 BF16.
 pub(crate) unsafe fn dispatch_bf16(t: Tile, a: *const f32, b: *const f32, c: *mut f32, ahead: &mut Ahead) {
-    macro_rules! by_rows {
-        ($($m:literal)*) => {
-            // SAFETY: the caller's promises.
-            unsafe {
-                match (t.rows, t.lanes) {
-                    $(
-                        ($m, 32) => run_bf16::<$m, 2>(t, a, b, c, ahead),
-                        ($m, _) => run_bf16::<$m, 1>(t, a, b, c, ahead),
-                    )*
-                    _ => unreachable!("a tile of {} rows", t.rows),
-                }
-            }
-        };
-    }
-    by_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13 14)
+    // SAFETY: the caller's promises.
+    unsafe { by_rows!(run_bf16, t, (a, b, c, ahead); 1 2 3 4 5 6 7 8 9 10 11 12 13 14) }
 }
 
 #[target_feature(enable = "avx512f")]
@@ -299,7 +289,8 @@ unsafe fn store_turned<const M: usize, const V: usize>(t: Tile, sums: &Sums, c: 
     }
 }
 
-fn mask(len: usize) -> __mmask16 {
+/// The first `len` of sixteen.
+pub(crate) fn mask(len: usize) -> __mmask16 {
     ((1u32 << len.min(16)) - 1) as __mmask16
 }
 

@@ -1,5 +1,5 @@
-//! Which of the CPU's instructions are used. Results depend on them in the last bits, so a run can be told to use fewer than there are: to
-//! go on with the same bits on a machine that has no more.
+//! Which of the CPU's instructions are used for f32. Results depend on them in the last bits, so a run can be told to use fewer than there
+//! are: to go on with the same bits on a machine that has no more.
 
 use std::sync::LazyLock;
 

@@ -17,7 +17,7 @@ const ITEMS: usize = 64;
 /// If shapes or types do not fit.
 pub fn mix(w: &Tensor, scale: f64, x: &Tensor) -> Result<Tensor> {
     let ((p, q), (n, groups, rest)) = (w.dims2()?, x.dims3()?);
-    if groups != q {
+    if groups != q || q == 0 {
         candle_core::bail!("mix: w {:?}, x {:?}", w.dims(), x.dims());
     }
     let x = x.contiguous()?;

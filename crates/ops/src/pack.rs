@@ -254,11 +254,8 @@ pub(crate) fn lines(kernel: Kernel, data: &[f32], across: usize, along: usize, s
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512 {
     use super::Strip;
+    use crate::avx512::mask;
     use std::arch::x86_64::*;
-
-    fn mask(len: usize) -> __mmask16 {
-        ((1u32 << len.min(16)) - 1) as __mmask16
-    }
 
     /// Lines of `s.len` neighbours, `along` apart. Writes up to 16 places behind the end.
     #[target_feature(enable = "avx512f")]

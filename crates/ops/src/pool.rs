@@ -33,6 +33,9 @@ const KEPT_FOR: c_long = 10_000;
 /// Has mimalloc keep freed memory for ten seconds in place of one, unless `MIMALLOC_PURGE_DELAY` sets another time. Without effect in
 /// programs with another allocator.
 pub fn keep_freed_memory() {
+    if std::env::var_os("MIMALLOC_PURGE_DELAY").is_some() {
+        return;
+    }
     let (option, default) = PURGE_DELAY;
     // SAFETY: both take any option's number and read or write an entry of a table of theirs, at any time. Another version of the library,
     // in which the number may mean something else, would hardly have this default there, and is left as it is.

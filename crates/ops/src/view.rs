@@ -77,7 +77,7 @@ pub(crate) fn tensor(data: Vec<f32>, shape: impl Into<candle_core::Shape>) -> Re
 #[derive(Clone, Copy)]
 pub(crate) struct SharedMut(*mut f32, usize);
 
-// SAFETY: the pointer is only turned into references inside `SharedMut::at`, whose callers promise disjoint places.
+// SAFETY: the pointer is only turned into references inside `SharedMut::at` and `room`, whose callers promise disjoint places.
 unsafe impl Send for SharedMut {}
 // SAFETY: as above.
 unsafe impl Sync for SharedMut {}

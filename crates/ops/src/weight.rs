@@ -245,3 +245,40 @@ pub(crate) fn stored(weight: Weight) -> Result<Weight> {
         weight => Ok(weight),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gemm::tests::numbers;
+    use candle_core::Device;
+
+    /// The elements as the definition gives them, to the last bit, whatever the CPU's instructions; runs of w2 that fill no vector.
+    #[test]
+    fn lines_are_the_weight_and_the_adapter() -> Result<()> {
+        for (a, b, c, inner) in [(2, 3, 4, 5), (3, 2, 2, 16), (2, 4, 3, 37), (1, 8, 2, 40)] {
+            let tensor = |n: usize, seed, shape: (usize, usize)| Tensor::from_vec(numbers(n, seed), shape, &Device::Cpu);
+            let row = b * inner;
+            let (w1, w2) = (tensor(a * b, 1, (a, b))?, tensor(c * inner, 2, (c, inner))?);
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let stored = tensor(a * c * row, 3, (a * c, row))?.to_dtype(dtype)?;
+                let wide: Vec<f32> = stored.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+                let (v1, v2): (Vec<f32>, Vec<f32>) = (w1.flatten_all()?.to_vec1()?, w2.flatten_all()?.to_vec1()?);
+                let weight = Weight::from(&stored);
+                for delta in [None, Some(Delta { w1: &w1, w2: &w2 })] {
+                    let held = Held::new(&weight, delta)?;
+                    let lines = held.lines()?;
+                    for (r, from, len) in (0..a * c).flat_map(|r| [(r, 0, row), (r, 3, row - 4), (r, row - 1, 1)]) {
+                        let mut out = vec![f32::NAN; len];
+                        lines.fill(r, from, &mut out);
+                        for (i, got) in (from..).zip(&out) {
+                            let product = if delta.is_some() { v1[r / c * b + i / inner] * v2[r % c * inner + i % inner] } else { 0.0 };
+                            let want = wide[r * row + i] + product;
+                            assert_eq!(got.to_bits(), want.to_bits(), "{dtype:?} {delta:?} {r} {i}", delta = delta.is_some());
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

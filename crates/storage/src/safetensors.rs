@@ -71,8 +71,8 @@ impl SafeTensors {
         if meta.len() == 0 {
             return Err(Error::Header { path: path.to_path_buf(), what: "the file is empty".into() });
         }
-        // SAFETY: the map is read-only and private to `Inner`; the type's doc states the one hazard of every map, that
-        // another program shortens the file.
+        // SAFETY: the map is read-only and private to `Inner`; the type's doc states the hazards of every map, that another program
+        // shortens the file or writes to it.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
         // Weights that are computed with where they lie cost a look into the page table for each page: 2 MiB ones where the system
         // has them for files (Linux 6.16 with ext4). It is an advice, and whether it is taken changes no byte.

@@ -55,8 +55,9 @@ pub fn load_for_training(config: &RunConfig, checkpoint: &Checkpoint) -> Result<
     Ok(model)
 }
 
-/// The base model's file that another program has changed since it was opened; one that was only touched is not. Weights are read from
-/// the file as long as the run lasts: by every step where they are mapped, else by exports and for the VAE.
+/// The base model's file that another program has changed since it was opened; one that was only touched is not, unless it is a separate
+/// VAE's, of which no hash is known. Weights are read from the file as long as the run lasts: by every step where they are mapped, else by
+/// exports and for the VAE.
 ///
 /// # Errors
 /// If the system does not say.

@@ -31,6 +31,7 @@ const LONG: Duration = Duration::from_secs(7 * 24 * 3600);
 const PLACES: &[&str] = &[
     "model.base",
     "model.vae",
+    "model.disable_mmap_load_safetensors",
     "network.preset",
     "network.weights",
     "output.dir",

@@ -181,6 +181,8 @@ fn train_in_pool(config: &RunConfig, options: &Options, observe: &mut Observer) 
                     save(&run, &optimizer, &state, &recipe, outputs.metrics.tail()?, &mut writer)?;
                 }
                 writer.finish(observe)?;
+                // The first process that ends takes the others with it.
+                ranks.wait("rank 0 saves")?;
                 return Err(error);
             }
             report => report?,

@@ -84,7 +84,10 @@ impl Death {
         // Numbers of POSIX; their names are in the message.
         match self.end.how {
             How::Signal(9) => Some("SIGKILL often comes from the kernel when memory runs out: see `dmesg`".into()),
-            How::Signal(4 | 6 | 7 | 8 | 11) => Some("this is a bug, in the program or in a driver that it uses".into()),
+            How::Signal(4 | 6 | 8 | 11) => Some("this is a bug, in the program or in a driver that it uses".into()),
+            How::Signal(7) => {
+                Some("put the base model's file back as it was and run the same command again; its last checkpoint is good".into())
+            }
             How::Code(PEER_FAILED) => Some("the cause lies with the rank that its last lines name".into()),
             _ => None,
         }

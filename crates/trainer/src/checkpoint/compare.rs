@@ -7,6 +7,7 @@ use crate::config::catalog;
 
 /// Keys that may change at a resume: they decide what is shown or kept, or how long and how fast it runs, but not what a step does.
 const FREE: &[&str] = &[
+    "model.disable_mmap_load_safetensors",
     "train.max_train_steps",
     "train.max_train_epochs",
     "train.threads",

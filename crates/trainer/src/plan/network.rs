@@ -168,7 +168,9 @@ impl Net {
         let forward = Work { macs: 2.0 * product, elements: elements + if m.composed { 6.0 * scores as f64 } else { 0.0 }, weights: 0.0 };
         let backward = Work { macs: 5.0 * product, elements: 2.0 * forward.elements, weights: 0.0 };
         m.work(forward);
-        m.attends(tk);
+        if !m.composed {
+            m.attends(tk);
+        }
         let (mut saved, mut scratch) = (vec![q.buffer.clone(), k.buffer.clone(), v.buffer.clone()], 0);
         if m.composed {
             // Copies by head, and the scores of some queries in f32.
