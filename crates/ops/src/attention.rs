@@ -2,7 +2,7 @@
 //! log-sum-exp (Dao et al. 2022, FlashAttention, equations of section 3.1).
 
 use crate::gemm::{Begin, Dst, Product, Threads, kernel};
-use crate::math::{exp_to_87, simd, sum_lanes};
+use crate::math::{exp_to_87, simd};
 use crate::pack::Operand;
 use crate::tape::{Value, custom};
 use crate::tile::Kernel;
@@ -133,27 +133,22 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
             *lane += a * b;
         }
     }
-    a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>() + sum_lanes(&lanes)
+    a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>() + lanes.iter().sum::<f32>()
 }
 
 #[inline(always)]
 fn row_max(row: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 64];
-    let (chunks, rest) = row.as_chunks::<64>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = row.as_chunks::<16>();
+    for (i, v) in rest.iter().enumerate() {
+        lanes[i] = lanes[i].max(*v);
+    }
     for v in chunks {
-        for i in 0..64 {
+        for i in 0..16 {
             lanes[i] = if v[i] > lanes[i] { v[i] } else { lanes[i] };
         }
     }
-    for (lane, v) in lanes.iter_mut().zip(rest) {
-        *lane = lane.max(*v);
-    }
-    for half in [32, 16, 8, 4, 2, 1] {
-        for i in 0..half {
-            lanes[i] = lanes[i].max(lanes[i + half]);
-        }
-    }
-    lanes[0]
+    lanes.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b))
 }
 
 /// Replaces `row` by exp(row - max) and gives the sum and the maximum.
@@ -172,7 +167,7 @@ fn exp_row(row: &mut [f32]) -> (f32, f32) {
         *v = exp_to_87(*v - max);
         lanes[i] += *v;
     }
-    (sum_lanes(&lanes), max)
+    (lanes.iter().sum(), max)
 }
 
 /// The output, and log-sum-exp of the scaled scores per (batch, head, query).

@@ -2,7 +2,7 @@
 //! matrix multiplication each.
 
 use crate::basic::sum;
-use crate::math::{simd, sum_lanes};
+use crate::math::simd;
 use crate::view::{F32, build, fast, grain, tensor};
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
@@ -139,7 +139,7 @@ pub fn mix_grad(y: &Tensor, x: &Tensor) -> Result<Tensor> {
                             }
                         }
                     }
-                    lanes.iter().map(sum_lanes).collect()
+                    lanes.iter().map(|lanes| lanes.iter().sum()).collect()
                 },
             )
         })
