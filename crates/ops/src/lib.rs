@@ -64,7 +64,7 @@ pub use gemm::with_bf16;
 pub use linear::{linear, widen};
 pub use mapped::{Mapped, Weight};
 pub use norm::{group_norm, layer_norm};
-pub use pool::{awake, keep_freed_memory};
+pub use pool::{awake, give_back_freed_memory, keep_freed_memory};
 pub use staging::Staging;
 pub use tape::{OnGradient, Parameter, Value, backward, backward_with, custom, no_grad, recording};
 pub use tile::has_bf16;

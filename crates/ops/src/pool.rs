@@ -23,6 +23,7 @@ pub fn together<A: Send, B: Send>(like: &Tensor, a: impl FnOnce() -> A + Send, b
 unsafe extern "C" {
     fn mi_option_get(option: c_int) -> c_long;
     fn mi_option_set(option: c_int, value: c_long);
+    fn mi_collect(force: bool);
 }
 
 /// `mi_option_purge_delay` (mimalloc 3, include/mimalloc.h): milliseconds after which freed memory goes back to the system, and its default.
@@ -44,6 +45,12 @@ pub fn keep_freed_memory() {
             mi_option_set(option, KEPT_FOR);
         }
     }
+}
+
+/// Gives freed memory back to the system now: behind work that took much and is not done again soon.
+pub fn give_back_freed_memory() {
+    // SAFETY: it may be called at any time; what is in use stays.
+    unsafe { mi_collect(true) }
 }
 
 /// For how long an idle thread looks for work before it begins to sleep in between. Time and not looks: where the system put it on the core of

@@ -41,6 +41,11 @@ pub fn load_model_as(checkpoint: &Checkpoint, dtype: WeightDtype) -> Result<Sdxl
     Ok(Sdxl::load(checkpoint, dtype.dtype())?)
 }
 
+/// Whether a run on the CPU leaves weights in the mapped file. What computes in half precision there would copy a mapped weight in every call.
+pub fn maps_weights(config: &RunConfig) -> bool {
+    !config.model.disable_mmap_load_safetensors && precision::compute_type(&config.train) == DType::F32
+}
+
 /// Builds the networks as a recipe trains them.
 ///
 /// # Errors
@@ -48,9 +53,7 @@ pub fn load_model_as(checkpoint: &Checkpoint, dtype: WeightDtype) -> Result<Sdxl
 pub fn load_for_training(config: &RunConfig, checkpoint: &Checkpoint) -> Result<Sdxl> {
     let compute = precision::compute_type(&config.train);
     let (text, unet) = precision::weight_types(config);
-    // What computes in half precision on the CPU would copy a mapped weight in every call.
-    let mapped = !config.model.disable_mmap_load_safetensors && compute == DType::F32;
-    let mut model = Sdxl::load_as(&checkpoint.clone().with_mapped_weights(mapped), text, unet)?;
+    let mut model = Sdxl::load_as(&checkpoint.clone().with_mapped_weights(maps_weights(config)), text, unet)?;
     model.compute_in(compute);
     Ok(model)
 }

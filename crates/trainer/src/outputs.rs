@@ -143,6 +143,7 @@ impl Outputs {
         if self.data.caches_latents() {
             model.vae.release();
         }
+        ops::give_back_freed_memory();
         Ok(())
     }
 

@@ -113,6 +113,7 @@ pub fn build(config: &RunConfig, sources: Sources, ranks: &Ranks, observe: &mut 
     let outputs = ranks.is_first().then(|| Outputs::new(config, &model, Tokenizer::new()?, &data, &hash)).transpose()?;
     if data.caches_latents() {
         model.vae.release();
+        ops::give_back_freed_memory();
     }
     observe(Event::Note(derived(config, &data, &sizes, &optimizer, model.device())));
     Ok(Parts { model, network, trained, optimizer, data, outputs, objective, base: checkpoint, base_hash: hash.sha256 })

@@ -30,6 +30,7 @@ use crate::base;
 use crate::config::{ConfigError, MixedPrecision, RunConfig, SavePrecision};
 use crate::data::chunks;
 use crate::error::Result;
+use crate::precision;
 use crate::timeline::Timeline;
 
 /// What the program takes beside tensors: code, tokenizer, threads, pictures in flight. Measured as what a run of the tiny model takes
@@ -197,12 +198,22 @@ fn threads(config: &RunConfig) -> usize {
 /// Bytes of a network's frozen tensors.
 fn weight_bytes(tree: &ModuleTree) -> u64 {
     let bytes = |t: &candle_core::Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
-    let weight = |w: &ops::Weight| (w.elem_count() * w.dtype().size_in_bytes()) as u64;
     let of = |leaf: &Leaf| match leaf {
-        Leaf::Linear(l) => weight(&l.weight) + l.bias.as_ref().map_or(0, bytes),
-        Leaf::Conv2d(l) => weight(&l.weight) + l.bias.as_ref().map_or(0, bytes),
+        Leaf::Linear(l) => l.bias.as_ref().map_or(0, bytes),
+        Leaf::Conv2d(l) => l.bias.as_ref().map_or(0, bytes),
         Leaf::Norm(l) => bytes(&l.weight) + bytes(&l.bias),
         Leaf::Other => 0,
+    };
+    layer_bytes(tree) + tree.nodes.iter().map(|n| of(&n.leaf)).sum::<u64>()
+}
+
+/// Bytes of the weights of a network's linear layers and convolutions.
+fn layer_bytes(tree: &ModuleTree) -> u64 {
+    let bytes = |w: &ops::Weight| (w.elem_count() * w.dtype().size_in_bytes()) as u64;
+    let of = |leaf: &Leaf| match leaf {
+        Leaf::Linear(l) => bytes(&l.weight),
+        Leaf::Conv2d(l) => bytes(&l.weight),
+        Leaf::Norm(_) | Leaf::Other => 0,
     };
     tree.nodes.iter().map(|n| of(&n.leaf)).sum()
 }
@@ -321,6 +332,17 @@ impl Run<'_> {
         meter.peak().0 + scores as u64 + self.freed(&meter) + weight_bytes(&tree)
     }
 
+    /// Bytes of weights that lie in the mapped file and are not read before the first step.
+    fn unread(&self) -> u64 {
+        if !self.device.is_cpu() || !base::maps_weights(self.config) {
+            return 0;
+        }
+        let (sdxl, (text, unet)) = (&self.model.sdxl, precision::weight_types(self.config));
+        let text_encoders = [&sdxl.te1.tree, &sdxl.te2.tree].map(|tree| (text, tree));
+        let as_in_file = text_encoders.into_iter().chain([(unet, &sdxl.unet.tree)]).filter(|(dtype, _)| dtype.is_none());
+        as_in_file.map(|(_, tree)| layer_bytes(tree)).sum()
+    }
+
     fn freed(&self, meter: &Meter) -> u64 {
         if self.device.is_cpu() { FREED * meter.largest() } else { 0 }
     }
@@ -368,7 +390,7 @@ impl Run<'_> {
         ];
         let encoding = self.encoding();
         moments.push(match cached {
-            true => Memory { activations: encoding, when: "encoding pictures", ..base },
+            true => Memory { weights: weights - self.unread(), activations: encoding, when: "encoding pictures", ..base },
             false => {
                 let gradients = if accumulation > 1 { masters } else { 0 };
                 Memory { optimizer: state, gradients, activations: encoding, when: "encoding pictures", ..base }
