@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, SystemTime};
 
+use crate::distributed::launched;
 use crate::support::*;
 
 /// Nothing is saved before the end, unless something happens.
@@ -22,9 +23,16 @@ fn assert_same_end(a: &std::path::Path, b: &std::path::Path, step: u64) {
     }
 }
 
-/// Begins the run, does this to the base model's file after the second step, and waits for the end.
-fn disturbed(world: &World, disturb: impl FnOnce(&File)) -> Ran {
-    let mut running = world.start(LONG);
+/// Flips a bit of a number in the middle of the file.
+fn flip(file: &File) {
+    let mut byte = [0];
+    let middle = file.metadata().expect("known").len() / 2;
+    file.read_exact_at(&mut byte, middle).expect("read");
+    file.write_all_at(&[byte[0] ^ 0x40], middle).expect("written");
+}
+
+/// Does this to the base model's file after the second step of a run, and waits for the end.
+fn disturbed(world: &World, mut running: Running, disturb: impl FnOnce(&File)) -> Ran {
     assert!(running.wait_until(|| steps_so_far(&world.run()) >= 2), "it ended early");
     disturb(&File::options().read(true).write(true).open(world.path("base.safetensors")).expect("opened"));
     running.end()
@@ -41,13 +49,7 @@ fn mapped_weights_train_as_copied_ones() {
 #[test]
 fn a_base_model_that_is_written_to_stops_the_run_which_then_goes_on_as_if_it_was_not() {
     let world = with_own_base("written-base");
-    let flip = |file: &File| {
-        let mut byte = [0];
-        let middle = file.metadata().expect("known").len() / 2;
-        file.read_exact_at(&mut byte, middle).expect("read");
-        file.write_all_at(&[byte[0] ^ 0x40], middle).expect("written");
-    };
-    let ran = disturbed(&world, flip);
+    let ran = disturbed(&world, world.start(LONG), flip);
     let told = ran.refusal();
     assert!(told.contains("`base.safetensors` was changed while it was trained on"), "{told}");
     assert!(told.contains("put the file back as it was"), "{told}");
@@ -62,10 +64,20 @@ fn a_base_model_that_is_written_to_stops_the_run_which_then_goes_on_as_if_it_was
     assert_same_end(&world.run(), &world.path("whole"), 16);
 }
 
+/// Rank 0 saves before the launcher ends the others, and the error is the one that says what happened.
+#[test]
+fn two_processes_end_together_when_it_is_written_to() {
+    let world = with_own_base("written-base-of-two");
+    let told = disturbed(&world, start(&world.folder, &launched("2", &[], LONG)), flip).ended_with(1).err;
+    assert!(told.contains("`base.safetensors` was changed while it was trained on"), "{told}");
+    let last = *steps_in_metrics(&world.run()).last().expect("steps");
+    assert_eq!(checkpoints(&world.run()), [format!("step-{last:08}")], "all steps that were applied are saved");
+}
+
 #[test]
 fn a_base_model_that_is_only_touched_is_the_same() {
     let world = with_own_base("touched-base");
     let touch = |file: &File| file.set_modified(SystemTime::now() - Duration::from_secs(60)).expect("touched");
-    disturbed(&world, touch).good();
+    disturbed(&world, world.start(LONG), touch).good();
     assert_eq!(steps_in_metrics(&world.run()), (1..=16).collect::<Vec<_>>());
 }

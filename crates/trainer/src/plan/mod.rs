@@ -4,6 +4,7 @@
 //! Memory comes from a run of the networks without numbers ([`tape`]) at the batch that takes the most; what the allocator keeps and
 //! what the program itself takes is a measured allowance ([`OVERHEAD`]).
 
+mod bytes;
 mod device;
 mod inputs;
 mod network;
@@ -21,6 +22,7 @@ use optim::Optimizer;
 use sdxl::Sdxl;
 use sdxl::layers::{Leaf, ModuleTree};
 
+use bytes::{kernel_buffers, layer_bytes, threads, weight_bytes};
 pub use device::Device;
 use network::{Adapted, Layer, Net};
 use tape::{Meter, Speed, backward};
@@ -178,44 +180,6 @@ fn layers(tree: &ModuleTree) -> HashMap<String, Layer> {
         Some(Layer { out: d(0), inp: d(1), area: d(2) * d(3), stored, adapted: None })
     };
     tree.nodes.iter().filter_map(|n| Some((n.path.clone(), of(&n.leaf)?))).collect()
-}
-
-/// What the CPU's convolutions and attention keep from call to call.
-fn kernel_buffers(unet: &ModuleTree, keys: usize, threads: usize) -> u64 {
-    let channels = |leaf: &Leaf| match leaf {
-        Leaf::Conv2d(l) if l.weight.dims().last() == Some(&3) => l.weight.dims()[..2].iter().copied().max(),
-        _ => None,
-    };
-    let widest = unet.nodes.iter().filter_map(|node| channels(&node.leaf)).max().unwrap_or(0);
-    (ops::conv2d_buffers(widest, threads) + ops::attention_buffers(keys, threads)) as u64
-}
-
-/// Threads that compute.
-fn threads(config: &RunConfig) -> usize {
-    config.train.threads.unwrap_or_else(rayon::current_num_threads)
-}
-
-/// Bytes of a network's frozen tensors.
-fn weight_bytes(tree: &ModuleTree) -> u64 {
-    let bytes = |t: &candle_core::Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
-    let of = |leaf: &Leaf| match leaf {
-        Leaf::Linear(l) => l.bias.as_ref().map_or(0, bytes),
-        Leaf::Conv2d(l) => l.bias.as_ref().map_or(0, bytes),
-        Leaf::Norm(l) => bytes(&l.weight) + bytes(&l.bias),
-        Leaf::Other => 0,
-    };
-    layer_bytes(tree) + tree.nodes.iter().map(|n| of(&n.leaf)).sum::<u64>()
-}
-
-/// Bytes of the weights of a network's linear layers and convolutions.
-fn layer_bytes(tree: &ModuleTree) -> u64 {
-    let bytes = |w: &ops::Weight| (w.elem_count() * w.dtype().size_in_bytes()) as u64;
-    let of = |leaf: &Leaf| match leaf {
-        Leaf::Linear(l) => bytes(&l.weight),
-        Leaf::Conv2d(l) => bytes(&l.weight),
-        Leaf::Norm(_) | Leaf::Other => 0,
-    };
-    tree.nodes.iter().map(|n| of(&n.leaf)).sum()
 }
 
 /// Plans a run.
