@@ -6,9 +6,10 @@
 #
 # FOLDER takes a base model of random weights (7 GB, made once), a picture, and the runs (2.5 GB each, removed). GNU time is needed.
 set -eu
-cd "$(dirname "$0")/.."
-folder=${1:?a folder for 10 GB}
+mkdir -p "${1:?a folder for 10 GB}"
+folder=$(cd "$1" && pwd)
 shift
+cd "$(dirname "$0")/.."
 computes=float
 if [ "${1:-}" = --compute ]; then
     computes=$(echo "$2" | tr , ' ')

@@ -81,3 +81,18 @@ fn a_base_model_that_is_only_touched_is_the_same() {
     disturbed(&world, world.start(LONG), touch).good();
     assert_eq!(steps_in_metrics(&world.run()), (1..=16).collect::<Vec<_>>());
 }
+
+/// A file that is cut short takes the process with it, as a kill does: by the system, or by the step's look at the file.
+#[test]
+fn a_base_model_that_is_cut_short_loses_no_checkpoint() {
+    let world = with_own_base("cut-base");
+    let often = [LONG, &["output.save_every_n_steps=1"]].concat();
+    let whole = std::fs::read(world.path("base.safetensors")).expect("read");
+    let ran = disturbed(&world, world.start(&often), |file| file.set_len(4096).expect("cut"));
+    assert_ne!(ran.status, Some(0), "{}", ran.all());
+    std::fs::write(world.path("base.safetensors"), whole).expect("put back");
+    let again = world.train(&often).good();
+    assert!(again.out.contains("resuming from "), "{}", again.all());
+    world.train(&[&often[..], &["output.dir=whole"]].concat()).good();
+    assert_same_end(&world.run(), &world.path("whole"), 16);
+}

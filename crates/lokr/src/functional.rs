@@ -151,7 +151,7 @@ impl Op {
     /// Runs `f` on W + delta, for inputs like `x`.
     fn with_merged<T>(&self, x: &Tensor, f: impl FnOnce(Frozen) -> Result<T>) -> Result<T> {
         if fuses(x) {
-            let (w1, w2) = (Self::scaled(&self.w1, self.scale, DType::F32)?, self.w2.to_dtype(DType::F32)?.contiguous()?);
+            let (w1, w2) = (scaled(&self.w1, self.scale, DType::F32)?, self.w2.to_dtype(DType::F32)?.contiguous()?);
             return f(Frozen { weight: self.weight.clone(), delta: Some(Delta { w1: &w1, w2: &w2 }) });
         }
         let merged = merge(&self.weight.tensor()?, &self.w1, &self.w2, self.scale)?.to_dtype(x.dtype())?;
@@ -161,13 +161,6 @@ impl Op {
     /// w1 in f32 and w2 in the type of the computation, without the scale.
     fn factors(&self, compute: DType) -> Result<(Tensor, Tensor)> {
         Ok((self.w1.to_dtype(DType::F32)?, self.w2.to_dtype(compute)?.contiguous()?))
-    }
-
-    /// A factor times a scale in the type of the computation, rounded after the product. A scale above 1 enters every chain with the last
-    /// factor, and gradients of factors after the last product, in f32; what is summed over the rows of a batch, the gradient of w2,
-    /// has a scale below 1 in its summands. So in f16 nothing overflows for the scale's sake.
-    fn scaled(factor: &Tensor, scale: f64, compute: DType) -> Result<Tensor> {
-        times(factor.to_dtype(DType::F32)?, scale)?.to_dtype(compute)?.contiguous()
     }
 
     fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -184,7 +177,7 @@ impl Op {
                 return layer.forward(&layer.split(x, b)?, &w2, None);
             }
             let s = mix(&w1, 1.0, &layer.grouped(x, n, b)?)?;
-            layer.forward(&self.as_samples(&s, a, x)?, &Self::scaled(&self.w2, self.scale, x.dtype())?, None)
+            layer.forward(&self.as_samples(&s, a, x)?, &scaled(&self.w2, self.scale, x.dtype())?, None)
         };
         let (base, chain) = together(x, base, chain);
         let (base, chain) = (base?, chain?);
@@ -241,7 +234,7 @@ impl Op {
                 dw2 = Some(times(layer.weight_grad(xs, t, w2.dims())?.to_dtype(DType::F32)?, late)?);
             }
             if let (true, Some(t)) = (chain_x, &t) {
-                dx = Some(layer.input_grad(t, &Self::scaled(&self.w2, late, x.dtype())?, x.dims())?);
+                dx = Some(layer.input_grad(t, &scaled(&self.w2, late, x.dtype())?, x.dims())?);
             }
         } else {
             let dys = layer.split(dy, a)?;
@@ -262,6 +255,13 @@ impl Op {
         }
         Ok([dx, dw1, dw2])
     }
+}
+
+/// A factor times a scale in the type of the computation, rounded after the product. A scale above 1 enters every chain with the last
+/// factor, and gradients of factors after the last product, in f32: in f16 it makes nothing between them overflow. A scale below 1 does
+/// so too in the forward pass, where a sum has the columns of w2; the gradient of w2, a sum over all rows of a batch, has it in its summands.
+fn scaled(factor: &Tensor, scale: f64, compute: DType) -> Result<Tensor> {
+    times(factor.to_dtype(DType::F32)?, scale)?.to_dtype(compute)?.contiguous()
 }
 
 fn times(t: Tensor, scale: f64) -> Result<Tensor> {

@@ -84,6 +84,17 @@ pub(crate) fn ask(lines: &mut Lines) {
     unsafe { std::arch::asm!("prefetcht1 [{}]", in(reg) line, options(nomem, nostack, preserves_flags)) };
 }
 
+/// The same in the assembly of a kernel, which has the fields of [`Lines`] in the registers `at`, `left`, `row` and `turn`, the constant
+/// `line` for [`LINE`], and a register `t` to spare.
+#[cfg(target_arch = "x86_64")]
+macro_rules! ask_next {
+    () => {
+        "prefetcht1 [{at}]\nxor {t:e}, {t:e}\ndec {left}\ncmovz {t}, {turn}\ncmovz {left}, {row}\nlea {at}, [{at} + {t} + {line}]"
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(crate) use ask_next;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,7 +1,7 @@
 //! The micro-kernel for AVX2 and FMA, its steps in assembly as those of `avx512.rs`, and how its operands are packed. The left operand may
 //! also be read where it lies, if its lines go along k: each of a tile's rows is a stream of its own, and nothing is copied.
 
-use crate::ahead::{Ahead, Lines};
+use crate::ahead::{Ahead, LINE, Lines, ask_next};
 use crate::pack::Strip;
 use crate::tile::{Left, Start, Tile};
 use std::arch::asm;
@@ -84,7 +84,7 @@ macro_rules! steps {
             "jz 3f",
             ".p2align 5",
             "2:",
-            "prefetcht1 [{at}]",
+            ask_next!(),
             "vmovups ymm12, ymmword ptr [{b}]",
             ".if {v} > 1",
             "vmovups ymm13, ymmword ptr [{b} + 32]",
@@ -92,11 +92,6 @@ macro_rules! steps {
             $($rows,)*
             $($on,)*
             "add {b}, 32 * {v}",
-            "xor {t:e}, {t:e}",
-            "dec {left}",
-            "cmovz {t}, {turn}",
-            "cmovz {left}, {row}",
-            "lea {at}, [{at} + {t} + 64]",
             "dec {n}",
             "jnz 2b",
             "3:",
@@ -108,6 +103,7 @@ macro_rules! steps {
             left = inout(reg) $lines.left,
             row = in(reg) $lines.row,
             turn = in(reg) $lines.turn,
+            line = const LINE,
             t = out(reg) _,
             $($operands)*
             out("ymm0") sums[0][0], out("ymm1") sums[0][1], out("ymm2") sums[1][0], out("ymm3") sums[1][1],

@@ -1,7 +1,7 @@
 //! The micro-kernel for AVX-512, the one for AVX-512 BF16, and how an adapter is added to a weight. In the first the steps are written in assembly: fourteen by two sums fill the
 //! registers so that a compiler which reorders a few loads no longer has room for them.
 
-use crate::ahead::{Ahead, Lines, ask};
+use crate::ahead::{Ahead, LINE, Lines, ask, ask_next};
 use crate::tile::{Left, Start, Tile};
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -100,7 +100,7 @@ macro_rules! steps {
             "jz 3f",
             ".p2align 5",
             "2:",
-            "prefetcht1 [{at}]",
+            ask_next!(),
             "vmovups zmm28, zmmword ptr [{b}]",
             ".if {v} > 1",
             "vmovups zmm29, zmmword ptr [{b} + 64]",
@@ -108,11 +108,6 @@ macro_rules! steps {
             $($rows,)*
             $($on,)*
             "add {b}, 64 * {v}",
-            "xor {t:e}, {t:e}",
-            "dec {left}",
-            "cmovz {t}, {turn}",
-            "cmovz {left}, {row}",
-            "lea {at}, [{at} + {t} + 64]",
             "dec {n}",
             "jnz 2b",
             "3:",
@@ -124,6 +119,7 @@ macro_rules! steps {
             left = inout(reg) $lines.left,
             row = in(reg) $lines.row,
             turn = in(reg) $lines.turn,
+            line = const LINE,
             t = out(reg) _,
             $($operands)*
             out("zmm0") sums[0][0], out("zmm1") sums[0][1], out("zmm2") sums[1][0], out("zmm3") sums[1][1],

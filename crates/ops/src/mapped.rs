@@ -24,7 +24,7 @@ impl Weight {
     pub fn dtype(&self) -> DType {
         match self {
             Self::Tensor(t) => t.dtype(),
-            Self::Mapped(m) => m.dtype(),
+            Self::Mapped(m) => m.dtype,
         }
     }
 
@@ -43,7 +43,7 @@ impl Weight {
     pub fn tensor(&self) -> Result<Tensor> {
         match self {
             Self::Tensor(t) => Ok(t.clone()),
-            Self::Mapped(m) => Tensor::from_raw_buffer(&m.bytes, m.dtype(), m.shape.dims(), &Device::Cpu),
+            Self::Mapped(m) => Tensor::from_raw_buffer(&m.bytes, m.dtype, m.shape.dims(), &Device::Cpu),
         }
     }
 
@@ -84,50 +84,30 @@ impl From<&Weight> for Weight {
     }
 }
 
-/// Elements in a mapped file, contiguous in C order.
+/// Elements in a mapped file, contiguous in C order: f32, f16 or bf16.
 #[derive(Clone)]
 pub struct Mapped {
     bytes: Bytes,
-    kind: Kind,
+    dtype: DType,
     shape: Shape,
-}
-
-#[derive(Clone, Copy)]
-enum Kind {
-    F32,
-    F16,
-    Bf16,
 }
 
 impl Mapped {
     /// Takes the bytes of a weight, little endian. `None` where products cannot read them in place: if they are not f32, f16 or bf16, do
     /// not lie on a border of their elements, or are not as many as the shape says.
     pub fn new(bytes: Bytes, dtype: DType, shape: &[usize]) -> Option<Self> {
-        let kind = match dtype {
-            DType::F32 => Kind::F32,
-            DType::F16 => Kind::F16,
-            DType::BF16 => Kind::Bf16,
-            _ => return None,
-        };
-        let mapped = Self { bytes, kind, shape: Shape::from(shape) };
+        let mapped = Self { bytes, dtype, shape: Shape::from(shape) };
         (cfg!(target_endian = "little") && mapped.stored().is_some_and(|s| s.len() == mapped.shape.elem_count())).then_some(mapped)
     }
 
-    fn dtype(&self) -> DType {
-        match self.kind {
-            Kind::F32 => DType::F32,
-            Kind::F16 => DType::F16,
-            Kind::Bf16 => DType::BF16,
-        }
-    }
-
-    /// The elements; `None` where the bytes are none, which [`Mapped::new`] has excluded.
+    /// The elements; `None` where they cannot be read, which [`Mapped::new`] has excluded.
     pub(crate) fn stored(&self) -> Option<Stored<'_>> {
         let bytes = &self.bytes[..];
-        match self.kind {
-            Kind::F32 => bytemuck::try_cast_slice::<_, f32>(bytes).ok().map(Stored::F32),
-            Kind::F16 => bytemuck::try_cast_slice::<_, f16>(bytes).ok().map(Stored::F16),
-            Kind::Bf16 => bytemuck::try_cast_slice::<_, bf16>(bytes).ok().map(Stored::Bf16),
+        match self.dtype {
+            DType::F32 => bytemuck::try_cast_slice::<_, f32>(bytes).ok().map(Stored::F32),
+            DType::F16 => bytemuck::try_cast_slice::<_, f16>(bytes).ok().map(Stored::F16),
+            DType::BF16 => bytemuck::try_cast_slice::<_, bf16>(bytes).ok().map(Stored::Bf16),
+            _ => None,
         }
     }
 }

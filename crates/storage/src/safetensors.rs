@@ -75,7 +75,7 @@ impl SafeTensors {
         // shortens the file or writes to it.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
         // Weights that are computed with where they lie cost a look into the page table for each page: 2 MiB ones where the system
-        // has them for files (Linux 6.16 with ext4). It is an advice, and whether it is taken changes no byte.
+        // has them for files (seen on Linux 6.18 with ext4). It is an advice, and whether it is taken changes no byte.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
         let header = header::parse(path, &map)?;
